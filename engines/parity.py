@@ -1,0 +1,89 @@
+"""How far one set of outputs is from another, and whether that is near enough.
+
+With reference r and candidate y, both (n, classes):
+
+    relative error   max|y - r| / max|r|, over everything
+    SQNR             10 log10(sum r^2 / sum (y - r)^2), in dB
+    margin of row i  largest minus second largest value of r_i
+    decided flip     the top-1 of row i differs although its margin exceeds max|y_i - r_i|
+
+No gate has a default: whoever compares says how near is near enough.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The figures of one comparison. Errors are in the unit of the outputs unless called relative."""
+
+    relative_error: float
+    max_abs_error: float
+    mean_abs_error: float
+    sqnr_db: float
+    top1_agreement: float
+    decided_flips: int
+    non_finite: int
+    rows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a comparison must satisfy: a largest relative error, and whether top-1 flips are counted."""
+
+    max_relative_error: float
+    top1: bool
+
+    def failure(self, comparison: Comparison) -> str | None:
+        """Why ``comparison`` does not pass, or None when it does. A NaN never passes."""
+        if comparison.non_finite:
+            return f"{comparison.non_finite} outputs are NaN or infinite"
+        if not comparison.relative_error <= self.max_relative_error:
+            return f"relative error {comparison.relative_error:.2e} exceeds {self.max_relative_error:.1e}"
+        if self.top1 and comparison.decided_flips:
+            return f"top-1 differs in {comparison.decided_flips} of {comparison.rows} rows beyond the error's reach"
+        return None
+
+
+def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> Comparison:
+    """Compares two (n, classes) arrays of any float dtype, in float64.
+
+    Raises:
+        ValueError: the shapes differ, or there is nothing to compare.
+    """
+    if reference.shape != candidate.shape or reference.ndim != 2 or reference.size == 0:
+        raise ValueError(f"outputs cannot be compared: shapes {reference.shape} and {candidate.shape}")
+    r, y = reference.astype(np.float64), candidate.astype(np.float64)
+    non_finite = int(y.size - np.isfinite(y).sum()) + int(r.size - np.isfinite(r).sum())
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        error = np.abs(y - r)
+        scale, noise = float(np.abs(r).max()), float((error**2).sum())
+        worst = float(error.max())
+        relative = worst / scale if scale > 0 else (0.0 if worst == 0 else math.inf)
+        sqnr = math.inf if noise == 0 else 10 * math.log10(max(float((r**2).sum()), 1e-300) / noise)
+    same = y.argmax(axis=1) == r.argmax(axis=1)
+    decided = margins(r) > error.max(axis=1)
+    return Comparison(
+        relative_error=relative,
+        max_abs_error=worst,
+        mean_abs_error=float(error.mean()),
+        sqnr_db=sqnr,
+        top1_agreement=float(same.mean()),
+        decided_flips=int((~same & decided).sum()),
+        non_finite=non_finite,
+        rows=len(r),
+    )
+
+
+def margins(outputs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(n, classes) to (n,): the largest value of each row minus the second largest; infinite for a single class."""
+    if outputs.shape[1] < 2:
+        return np.full(len(outputs), np.inf)
+    top = np.partition(outputs.astype(np.float64), -2, axis=1)
+    return np.asarray(top[:, -1] - top[:, -2], np.float64)

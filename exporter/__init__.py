@@ -1,0 +1,93 @@
+"""A trained RepVGG in; checked ONNX graphs, checked TensorRT engines, and the proof that they are the same network out."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from exporter.version import VERSION
+
+if TYPE_CHECKING:
+    from exporter.report import Report
+
+__all__ = ["__version__", "export"]
+
+__version__ = VERSION
+
+
+def export(
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    onnx: bool = True,
+    trt: Sequence[str] = (),
+    size: int | tuple[int, int] = 224,
+    batch: tuple[int, int, int] = (1, 8, 32),
+    strides: Sequence[int] | None = None,
+    eps: float | None = None,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    sdk: str | None = None,
+    gpu: Sequence[int] = (),
+    ignore_keys: Sequence[str] = (),
+    notify: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Report:
+    """Exports a checkpoint and verifies what was written; what the command line calls.
+
+    Args:
+        path: the checkpoint, of torch.save or safetensors.
+        out: the directory to write; by default one named after the checkpoint, in the working directory.
+        onnx: whether to write ``<stem>.onnx``.
+        trt: precisions to write ``<stem>.P.onnx`` and ``<stem>.P.engine`` in, of "fp32", "fp16".
+        size: image height and width in pixels, or one number for both.
+        batch: minimum, optimum and maximum batch of an engine.
+        strides: of the first block of stage0 to stage4; None infers them from the tensors.
+        eps: the batch norms' epsilon; None takes the lineage's.
+        arch: a published name, such as "A0", that the checkpoint must be.
+        mean: per channel, for pixels scaled to 0..1; None for ImageNet's, or 0.5 for one channel.
+        std: as ``mean``.
+        calibration: an ``.npz`` with ``images``; the first four replace the noise that outputs are compared on.
+        sdk: "tensorrt" or "tensorrt_rtx"; None chooses.
+        gpu: compute capabilities to build for, as in (86, 89); empty for the SDK's default.
+        ignore_keys: globs of tensor names that may go unused.
+        notify: called with each finding, one line at a time.
+        progress: called with phase, steps done and steps while an engine compiles.
+
+    Returns:
+        The report; every check in it holds.
+
+    Raises:
+        VerificationFailed: a check failed; what was written is kept as ``*.rejected``.
+        ReportedError: the other kinds in ``exporter.errors``; nothing is left behind.
+    """
+    from exporter.errors import VerificationFailed
+    from exporter.request import Request
+    from exporter.run import report_from_request
+
+    checkpoint = pathlib.Path(path)
+    request = Request(
+        path=checkpoint,
+        out=pathlib.Path(out) if out is not None else pathlib.Path(checkpoint.stem),
+        onnx=onnx,
+        trt=tuple(trt),
+        size=(size, size) if isinstance(size, int) else size,
+        batch=batch,
+        strides=None if strides is None else tuple(strides),
+        eps=eps,
+        arch=arch,
+        mean=None if mean is None else tuple(mean),
+        std=None if std is None else tuple(std),
+        calibration=None if calibration is None else pathlib.Path(calibration),
+        sdk=sdk,
+        gpu=tuple(gpu),
+        ignore_keys=tuple(ignore_keys),
+    )
+    report = report_from_request(request, notify or (lambda line: None), progress or (lambda phase, done, steps: None))
+    if not report.passed:
+        raise VerificationFailed(report.failure_line)
+    return report

@@ -1,0 +1,182 @@
+"""The command line: arguments in, lines and an exit code out. Imports nothing heavy, so that --help is immediate."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pathlib
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from exporter.errors import INTERRUPTED_EXIT_CODE, ReportedError, UsageError, VerificationFailed, first_line
+from exporter.request import (
+    PRECISION_NAMES,
+    Request,
+    batch_from_text,
+    cards_from_text,
+    floats_from_text,
+    size_from_text,
+    strides_from_text,
+)
+from exporter.version import VERSION
+
+if TYPE_CHECKING:
+    from engines.build import Progress
+
+DESCRIPTION = """\
+Exports a trained RepVGG to ONNX and TensorRT, and proves that what was written computes the same network.
+
+  python -m exporter model.pt                        model/model.onnx, checked
+  python -m exporter model.pt --onnx --trt fp16      and an FP16 engine, built without a GPU where need be
+"""
+
+EPILOG = """\
+exit codes: 0 done and verified; 1 a check failed (files kept as *.rejected); 2 usage; 3 the checkpoint or data cannot
+be used; 4 a needed SDK or GPU is missing, or the compiler refused; 5 output could not be written; 130 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see python -m exporter --help")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m exporter",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", type=pathlib.Path, help="weights of torch.save (.pt, .pth, .bin) or .safetensors")
+    parser.add_argument("--version", action="version", version=f"repvgg-exporter {VERSION}")
+
+    made = parser.add_argument_group("what to make")
+    made.add_argument("--onnx", action="store_true", help="write <stem>.onnx (the default where --trt is not given)")
+    precisions = ", ".join(PRECISION_NAMES)
+    made.add_argument("--trt", action="append", metavar="P[,P]", help=f"write an engine per precision, of {precisions}")
+    made.add_argument("--out", type=pathlib.Path, help="directory to write (default: ./<checkpoint stem>)")
+    made.add_argument("--size", default="224", metavar="N|HxW", help="image size in pixels (default: 224)")
+    made.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX", help="an engine's batches (default: 1:8:32)")
+    made.add_argument(
+        "--sdk", help="tensorrt (needs a GPU) or tensorrt_rtx (default: the first that this machine can use)"
+    )
+    made.add_argument("--gpu", metavar="smNN[,smNN]", help="cards to build for (default: the SDK's own choice)")
+
+    told = parser.add_argument_group("what the tensors cannot tell")
+    told.add_argument("--strides", metavar="S,S,S,S,S", help="stride of the first block of stage0 to stage4")
+    told.add_argument("--eps", metavar="E", help="epsilon of the batch norms (default: that of the lineage's code)")
+    told.add_argument(
+        "--mean", metavar="M[,M,M]", help="normalisation in units of 0..1 (default: ImageNet's; 0.5 for one channel)"
+    )
+    told.add_argument("--std", metavar="S[,S,S]", help="as --mean")
+    told.add_argument("--arch", metavar="NAME", help="a published variant (A0 ... B3g4, D2se) that it must be")
+    told.add_argument("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors that may go unused")
+    told.add_argument(
+        "--calib", type=pathlib.Path, metavar="NPZ", help="images to compare outputs on, instead of noise"
+    )
+
+    said = parser.add_argument_group("what to print")
+    said.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    said.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
+    said.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    return parser
+
+
+def _request(arguments: argparse.Namespace) -> Request:
+    checkpoint: pathlib.Path = arguments.checkpoint
+    trt = [name.strip() for names in arguments.trt or [] for name in names.split(",")]
+    eps = None if arguments.eps is None else floats_from_text("--eps", arguments.eps)
+    if eps is not None and len(eps) != 1:
+        raise UsageError(f"--eps: {arguments.eps!r} is not one number, as in 1e-5")
+    return Request(
+        path=checkpoint,
+        out=arguments.out or pathlib.Path(checkpoint.stem or "exported"),
+        onnx=arguments.onnx or not trt,
+        trt=tuple(trt),
+        size=size_from_text(arguments.size),
+        batch=batch_from_text(arguments.batch),
+        strides=None if arguments.strides is None else strides_from_text(arguments.strides),
+        eps=None if eps is None else eps[0],
+        arch=arguments.arch,
+        mean=None if arguments.mean is None else floats_from_text("--mean", arguments.mean),
+        std=None if arguments.std is None else floats_from_text("--std", arguments.std),
+        calibration=arguments.calib,
+        sdk=arguments.sdk,
+        gpu=() if arguments.gpu is None else cards_from_text(arguments.gpu),
+        ignore_keys=tuple(arguments.ignore_keys),
+    )
+
+
+@contextlib.contextmanager
+def _progress(*, shown: bool) -> Iterator[Progress]:
+    """A bar on stderr while an engine compiles, where someone is watching."""
+    if not (shown and sys.stderr.isatty()):
+        yield lambda phase, done, steps: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc="engine", unit="step", leave=False) as bar:
+
+        def update(phase: str, done: int, steps: int) -> None:
+            bar.set_description(phase, refresh=False)
+            bar.total, bar.n = steps, done
+            bar.refresh()
+
+        yield update
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from exporter.run import report_from_request
+
+    request = _request(arguments)
+    talkative = not (arguments.quiet or arguments.json)
+    with _progress(shown=talkative) as progress:
+        report = report_from_request(request, print if talkative else _silent, progress)
+    if arguments.json:
+        sys.stdout.write(report.to_json())
+    if not report.passed:
+        raise VerificationFailed(f"{report.failure_line} (kept in {request.out} as *.rejected)")
+    if talkative:
+        print(report.verdict)
+        print(
+            f"written to {request.out}{os.sep}: {', '.join(file.name for file in report.files)}, report.json, report.md"
+        )
+    return 0
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+def _interrupted(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; every expected error is one line on stderr."""
+    signal.signal(signal.SIGTERM, _interrupted)
+    debug = "--debug" in (sys.argv if argv is None else argv)
+    try:
+        return _run(_parser().parse_args(argv))
+    except ReportedError as error:
+        return _failed(str(error), error.exit_code, debug=debug)
+    except KeyboardInterrupt:
+        return _failed("interrupted; nothing was written", INTERRUPTED_EXIT_CODE, debug=debug)
+    except ModuleNotFoundError as error:
+        return _failed(f"{error.name} is not installed; pip install 'repvgg-exporter[export,ort]'", 4, debug=debug)
+    except MemoryError as error:
+        return _failed(f"out of memory ({first_line(error)}); choose a smaller --size", 3, debug=debug)
+
+
+def _failed(message: str, code: int, *, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,184 @@
+"""The graph contract: what an ONNX file on the disk must be, held against the plain network that it was made from.
+
+body     per block exactly one Conv and one ReLU on its result, in the order of the network, and nothing else;
+         with SE, between the two: pooling, Conv, ReLU, Conv, Sigmoid, Mul
+head     one GlobalAveragePool, one Flatten or Reshape, one Gemm
+typed    Casts, only where float32 and half meet
+numbers  each Conv's stride, padding and groups are the block's; every weight has the bits of the fused one, in the
+         type that was asked for
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from engines.errors import first_line
+from exporter.architecture import Architecture, Block
+from exporter.onnx_graph import INPUT, OUTPUT
+
+SE_OPERATIONS = {"GlobalAveragePool": 1, "Conv": 2, "Relu": 1, "Sigmoid": 1, "Mul": 1}
+
+
+def operation_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """How often each operation stands in the graph."""
+    return dict(collections.Counter(node.op_type for node in model.graph.node))
+
+
+def expected_counts(architecture: Architecture) -> dict[str, int]:
+    """The operations of the float32 graph of ``architecture``."""
+    se_blocks = sum(block.se_channels is not None for block in architecture.blocks)
+    counts = collections.Counter({"Conv": len(architecture.blocks), "Relu": len(architecture.blocks)})
+    counts.update({"GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1})
+    counts.update({operation: count * se_blocks for operation, count in SE_OPERATIONS.items() if se_blocks})
+    return dict(counts)
+
+
+def contract_problems(
+    path: pathlib.Path, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]], half: Collection[str]
+) -> list[str]:
+    """Reads the file back and says everything that differs from what it must be; an empty list is a pass.
+
+    Args:
+        path: the ONNX file.
+        architecture: of the plain network.
+        weights: the fused float32 weights by their names in the graph.
+        half: the names of those that must stand in the file rounded to float16.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+        model = onnx.load(str(path))
+    except Exception as error:
+        return [f"not a valid ONNX file ({first_line(error)})"]
+    return [
+        *_count_problems(model, architecture),
+        *_interface_problems(model, architecture),
+        *_wiring_problems(model, architecture),
+        *_weight_problems(model, weights, half),
+    ]
+
+
+def _count_problems(model: onnx.ModelProto, architecture: Architecture) -> list[str]:
+    found, expected = operation_counts(model), expected_counts(architecture)
+    found["Flatten"] = found.get("Flatten", 0) + found.pop("Reshape", 0)
+    found.pop("Cast", None)
+    different = sorted(op for op in found.keys() | expected.keys() if found.get(op, 0) != expected.get(op, 0))
+    return [f"{found.get(op, 0)} {op} where {expected.get(op, 0)} belong" for op in different]
+
+
+def _interface_problems(model: onnx.ModelProto, architecture: Architecture) -> list[str]:
+    def described(values: Any) -> list[tuple[str, int, int, int]]:
+        shapes = [(value, value.type.tensor_type.shape.dim) for value in values]
+        return [(v.name, v.type.tensor_type.elem_type, len(d), d[1].dim_value if len(d) > 1 else 0) for v, d in shapes]
+
+    problems = []
+    if described(model.graph.input) != [(INPUT, onnx.TensorProto.FLOAT, 4, architecture.in_channels)]:
+        problems.append(f"its input is not {INPUT}, float32 (N, {architecture.in_channels}, H, W)")
+    if described(model.graph.output) != [(OUTPUT, onnx.TensorProto.FLOAT, 2, architecture.classes)]:
+        problems.append(f"its output is not {OUTPUT}, float32 (N, {architecture.classes})")
+    if not model.graph.input or not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        problems.append("its batch is not dynamic")
+    return problems
+
+
+class _Wires:
+    """Who makes and who reads a tensor, looking through Casts."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.by_name = {node.name: node for node in model.graph.node}
+        self.maker = {output: node for node in model.graph.node for output in node.output}
+
+    def source(self, tensor: str) -> str:
+        """The tensor that ``tensor`` is a Cast of, or itself."""
+        while tensor in self.maker and self.maker[tensor].op_type == "Cast":
+            tensor = self.maker[tensor].input[0]
+        return tensor
+
+    def made_by(self, tensor: str, name: str, operation: str) -> bool:
+        """Whether ``tensor`` comes from the node ``name``, which is an ``operation``."""
+        node = self.maker.get(self.source(tensor))
+        return node is not None and node.name == name and node.op_type == operation
+
+
+def _wiring_problems(model: onnx.ModelProto, architecture: Architecture) -> list[str]:
+    wires = _Wires(model)
+    problems = []
+    source = INPUT
+    for block in architecture.blocks:
+        conv, relu = wires.by_name.get(f"{block.name}/Conv"), wires.by_name.get(f"{block.name}/Relu")
+        if conv is None or relu is None or conv.op_type != "Conv" or relu.op_type != "Relu":
+            problems.append(f"{block.name} has no Conv and ReLU of its own")
+            break
+        if wires.source(conv.input[0]) != source:
+            problems.append(f"{conv.name} does not read {source}")
+        if list(conv.input[1:]) != [f"{block.name}.weight", f"{block.name}.bias"]:
+            problems.append(f"{conv.name} does not read its own weight and bias")
+        if _geometry(conv) != ([block.stride] * 2, [1] * 4, block.groups, [1, 1]):
+            problems.append(f"{conv.name} has (strides, pads, group, dilations) {_geometry(conv)}")
+        problems += _relu_problems(wires, block, relu)
+        source = relu.output[0]
+    return [*problems, *_head_problems(wires, source)]
+
+
+def _relu_problems(wires: _Wires, block: Block, relu: onnx.NodeProto) -> list[str]:
+    before = relu.input[0]
+    if block.se_channels is not None:
+        scaled = wires.maker.get(wires.source(before))
+        if scaled is None or scaled.op_type != "Mul" or len(scaled.input) != 2:
+            return [f"{relu.name} does not read its SE's product"]
+        if not wires.made_by(scaled.input[1], f"{block.name}/se/Sigmoid", "Sigmoid"):
+            return [f"{scaled.name} does not read its SE's Sigmoid"]
+        before = scaled.input[0]
+    return [] if wires.made_by(before, f"{block.name}/Conv", "Conv") else [f"{relu.name} does not read its own Conv"]
+
+
+def _head_problems(wires: _Wires, source: str) -> list[str]:
+    gemm = wires.maker.get(wires.source(OUTPUT))
+    if gemm is None or gemm.op_type != "Gemm" or list(gemm.input[1:]) != ["head.weight", "head.bias"]:
+        return [f"{OUTPUT} does not come from the classifier's Gemm"]
+    if _is_scaled(gemm):
+        return [f"{gemm.name} is not x W^T + b"]
+    flat = wires.maker.get(wires.source(gemm.input[0]))
+    pool = wires.maker.get(wires.source(flat.input[0])) if flat is not None else None
+    if pool is None or pool.op_type != "GlobalAveragePool" or wires.source(pool.input[0]) != source:
+        return [f"the head does not pool {source}"]
+    return []
+
+
+def _is_scaled(gemm: onnx.NodeProto) -> bool:
+    """Whether a Gemm is anything but x W^T + b."""
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in gemm.attribute}
+    wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+    defaults = {**wanted, "transB": 0}
+    return any(values.get(name, defaults[name]) != value for name, value in wanted.items())
+
+
+def _geometry(conv: onnx.NodeProto) -> tuple[list[int], list[int], int, list[int]]:
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in conv.attribute}
+    strides, pads = values.get("strides", [1, 1]), values.get("pads", [0, 0, 0, 0])
+    return list(strides), list(pads), values.get("group", 1), list(values.get("dilations", [1, 1]))
+
+
+def _weight_problems(
+    model: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]], half: Collection[str]
+) -> list[str]:
+    problems = []
+    written = {tensor.name: tensor for tensor in model.graph.initializer}
+    if written.keys() != weights.keys():
+        problems.append(f"its weights are not those of the network ({len(written)} where {len(weights)} belong)")
+    for name in sorted(written.keys() & weights.keys()):
+        array = numpy_helper.to_array(written[name])
+        expected = weights[name].astype(np.float16 if name in half else np.float32, copy=False)
+        unsigned = f"u{expected.dtype.itemsize}"
+        if array.shape != expected.shape or array.dtype != expected.dtype:
+            problems.append(f"weight {name} is {array.dtype} {array.shape}, not {expected.dtype} {expected.shape}")
+        elif not np.array_equal(array.view(unsigned), expected.view(unsigned)):
+            problems.append(f"weight {name} differs from the fused one")
+    return problems

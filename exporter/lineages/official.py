@@ -1,0 +1,26 @@
+"""The names of the RepVGG authors' own code (DingXiaoH/RepVGG, ``repvgg.py``), also used by many forks."""
+
+from __future__ import annotations
+
+from exporter.lineages.lineage import Lineage
+
+OFFICIAL = Lineage(
+    name="official",
+    title="official RepVGG",
+    source="github.com/DingXiaoH/RepVGG, repvgg.py",
+    bn_eps=1e-5,
+    stem="stage0",
+    block="stage{stage}.{index}",
+    first_stage=1,
+    head="linear",
+    modules=(
+        ("rbr_dense.conv", "dense"),
+        ("rbr_dense.bn", "dense.bn"),
+        ("rbr_1x1.conv", "pointwise"),
+        ("rbr_1x1.bn", "pointwise.bn"),
+        ("rbr_identity", "identity.bn"),
+        ("rbr_reparam", "fused"),
+        ("se.down", "se.reduce"),
+        ("se.up", "se.expand"),
+    ),
+)

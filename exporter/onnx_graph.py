@@ -1,0 +1,261 @@
+"""Plain network to ONNX: built node by node, simplified by onnxsim, written in one pass.
+
+A ``Graph`` keeps the model's structure (a ``ModelProto`` whose weights are declared as inputs) apart from the weights
+(numpy arrays by name). The structure is a few kilobytes, so that simplifying, checking and rewriting it costs nothing,
+and the weights are copied once, into the file.
+
+Names are the contract with what comes later: block ``stage1.0`` makes the nodes ``stage1.0/Conv`` and ``stage1.0/Relu``
+and the weights ``stage1.0.weight`` and ``stage1.0.bias``; an engine's audit finds them again by those names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.files import reported_write_errors
+from exporter.architecture import Architecture, Block
+from exporter.errors import VerificationFailed
+from exporter.plain import Plain
+
+OPSET = 17
+IR_VERSION = 8
+INPUT, OUTPUT, BATCH = "input", "output", "N"
+ONE_FILE_LIMIT = 2**31 - 1
+EXTERNAL_ALIGNMENT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """An ONNX model in two parts: ``structure`` declares each of ``weights`` as an input of the same name."""
+
+    structure: onnx.ModelProto
+    weights: Mapping[str, NDArray[Any]]
+
+
+def onnx_from_plain(plain: Plain, size: tuple[int, int], metadata: Mapping[str, str]) -> Graph:
+    """The float32 graph of a plain network for images of ``size`` (height, width), with a dynamic batch.
+
+    Raises:
+        VerificationFailed: onnx's checker or shape inference rejects the structure.
+    """
+    architecture = plain.architecture
+    weights = weights_from_plain(plain)
+    nodes = [node for block, source in _chain(architecture) for node in _block_nodes(block, source)]
+    nodes += _head_nodes(architecture.blocks[-1].name)
+    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, architecture.in_channels, *size])
+    scores = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, architecture.classes])
+    declared = [_declaration(name, array) for name, array in weights.items()]
+    graph = helper.make_graph(nodes, "repvgg", [image, *declared], [scores])
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="repvgg-exporter"
+    )
+    return with_metadata(checked(simplified(Graph(model, weights))), metadata)
+
+
+def weights_from_plain(plain: Plain) -> dict[str, NDArray[np.float32]]:
+    """The plain network's weights by their names in the graph, not copied."""
+    return {name.replace(".fused.", "."): tensor.numpy() for name, tensor in plain.tensors.items()}
+
+
+def simplified(graph: Graph) -> Graph:
+    """The graph after onnxsim; weights are inputs to it, so that none can be changed.
+
+    Raises:
+        VerificationFailed: onnxsim says that its result differs.
+    """
+    import onnxsim
+
+    structure, same = onnxsim.simplify(graph.structure)
+    if not same:
+        raise VerificationFailed(
+            "onnxsim: its own check failed on this graph; report this with the checkpoint's key names"
+        )
+    return Graph(structure, graph.weights)
+
+
+def with_metadata(graph: Graph, metadata: Mapping[str, str]) -> Graph:
+    """The graph with exactly these ``metadata_props``."""
+    structure = onnx.ModelProto()
+    structure.CopyFrom(graph.structure)
+    del structure.metadata_props[:]
+    helper.set_model_props(structure, dict(metadata))
+    return Graph(structure, graph.weights)
+
+
+def checked(graph: Graph) -> Graph:
+    """The graph itself, once onnx's checker and strict shape inference have passed on it."""
+    try:
+        onnx.checker.check_model(graph.structure, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise VerificationFailed(f"onnx checker: {error}") from error
+    return graph
+
+
+def with_initializers(graph: Graph) -> onnx.ModelProto:
+    """One in-memory model with its weights inside. Copies them: for small graphs and tests."""
+    model = _without_declarations(graph)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in graph.weights.items())
+    return model
+
+
+def write_onnx(graph: Graph, path: pathlib.Path, limit: int = ONE_FILE_LIMIT) -> list[pathlib.Path]:
+    """Writes the model to ``path``: one file up to ``limit`` bytes, else with its weights in ``<path>.data``.
+
+    Weights go to the disk one at a time, so that the peak memory is that of the largest one.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OutputFailed: a file cannot be written.
+    """
+    total = sum(array.nbytes for array in graph.weights.values()) + graph.structure.ByteSize()
+    with reported_write_errors(path):
+        if total + 64 * len(graph.weights) > limit:
+            return _write_with_external_data(graph, path)
+        with open(path, "wb") as file:
+            _write_model(graph, file, list(_tensor_protos(graph.weights)))
+        return [path]
+
+
+def _write_model(graph: Graph, file: BinaryIO, tensors: list[_LazyTensor]) -> None:
+    """Writes ModelProto's bytes by hand around the weights; field numbers are those of onnx.proto."""
+    model = _without_declarations(graph)
+    inner = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = len(inner) + sum(len(_field(5, tensor.size)) + tensor.size for tensor in tensors)  # GraphProto.initializer
+    file.write(model.SerializeToString())
+    file.write(_field(7, size))  # ModelProto.graph
+    file.write(inner)
+    for tensor in tensors:
+        file.write(_field(5, tensor.size))
+        tensor.write(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LazyTensor:
+    """A TensorProto: its fields but for raw_data, and the array that raw_data is."""
+
+    head: bytes
+    array: NDArray[Any] | None
+
+    @property
+    def size(self) -> int:
+        if self.array is None:
+            return len(self.head)
+        return len(self.head) + len(_field(9, self.array.nbytes)) + self.array.nbytes  # TensorProto.raw_data
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(self.head)
+        if self.array is not None:
+            file.write(_field(9, self.array.nbytes))
+            file.write(np.ascontiguousarray(self.array).data)
+
+
+def _tensor_protos(weights: Mapping[str, NDArray[Any]]) -> Iterator[_LazyTensor]:
+    for name, array in weights.items():
+        yield _LazyTensor(_tensor_head(name, array).SerializeToString(), array)
+
+
+def _tensor_head(name: str, array: NDArray[Any]) -> TensorProto:
+    return TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+
+
+def _field(number: int, size: int) -> bytes:
+    """Tag and length of a length-delimited protobuf field."""
+    encoded, value = bytearray([number << 3 | 2]), size
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _write_with_external_data(graph: Graph, path: pathlib.Path) -> list[pathlib.Path]:
+    data_path = path.with_name(path.name + ".data")
+    tensors = []
+    with open(data_path, "wb") as data:
+        for name, array in graph.weights.items():
+            data.write(bytes(-data.tell() % EXTERNAL_ALIGNMENT))
+            head = _tensor_head(name, array)
+            head.data_location = TensorProto.EXTERNAL
+            where = {"location": data_path.name, "offset": str(data.tell()), "length": str(array.nbytes)}
+            for key, value in where.items():
+                head.external_data.add(key=key, value=value)
+            data.write(np.ascontiguousarray(array).data)
+            tensors.append(_LazyTensor(head.SerializeToString(), None))
+    with open(path, "wb") as file:
+        _write_model(graph, file, tensors)
+    return [path, data_path]
+
+
+def _without_declarations(graph: Graph) -> onnx.ModelProto:
+    model = onnx.ModelProto()
+    model.CopyFrom(graph.structure)
+    inputs = [value for value in model.graph.input if value.name not in graph.weights]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return model
+
+
+def _declaration(name: str, array: NDArray[Any]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+
+
+def _chain(architecture: Architecture) -> Iterator[tuple[Block, str]]:
+    """Each block with the name of the tensor that goes into it."""
+    source = INPUT
+    for block in architecture.blocks:
+        yield block, source
+        source = block.name
+
+
+def _block_nodes(block: Block, source: str) -> Iterator[onnx.NodeProto]:
+    name = block.name
+    yield helper.make_node(
+        "Conv",
+        [source, f"{name}.weight", f"{name}.bias"],
+        [f"{name}/conv"],
+        name=f"{name}/Conv",
+        kernel_shape=[3, 3],
+        pads=[1, 1, 1, 1],
+        strides=[block.stride, block.stride],
+        group=block.groups,
+    )
+    total = f"{name}/conv"
+    if block.se_channels is not None:
+        yield from _se_nodes(name, total)
+        total = f"{name}/se"
+    yield helper.make_node("Relu", [total], [name], name=f"{name}/Relu")
+
+
+def _se_nodes(name: str, total: str) -> Iterator[onnx.NodeProto]:
+    """Squeeze-and-excitation with 1x1 convolutions; five tensors named ``<block>/se...``."""
+    se = f"{name}/se"
+    reduce, expand = ([f"{name}.se.{part}.weight", f"{name}.se.{part}.bias"] for part in ("reduce", "expand"))
+    yield helper.make_node("GlobalAveragePool", [total], [f"{se}/pooled"], name=f"{se}/Pool")
+    yield helper.make_node(
+        "Conv", [f"{se}/pooled", *reduce], [f"{se}/reduced"], name=f"{se}/reduce/Conv", kernel_shape=[1, 1]
+    )
+    yield helper.make_node("Relu", [f"{se}/reduced"], [f"{se}/active"], name=f"{se}/Relu")
+    yield helper.make_node(
+        "Conv", [f"{se}/active", *expand], [f"{se}/expanded"], name=f"{se}/expand/Conv", kernel_shape=[1, 1]
+    )
+    yield helper.make_node("Sigmoid", [f"{se}/expanded"], [f"{se}/factor"], name=f"{se}/Sigmoid")
+    yield helper.make_node("Mul", [total, f"{se}/factor"], [se], name=f"{se}/Mul")
+
+
+def _head_nodes(source: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("GlobalAveragePool", [source], ["head/pooled"], name="head/Pool"),
+        helper.make_node("Flatten", ["head/pooled"], ["head/features"], name="head/Flatten", axis=1),
+        helper.make_node("Gemm", ["head/features", "head.weight", "head.bias"], [OUTPUT], name="head/Gemm", transB=1),
+    ]

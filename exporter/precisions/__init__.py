@@ -1,0 +1,14 @@
+"""Precisions are graph rewrites: a float32 graph in, a typed graph out, and nothing about it left to the compiler.
+
+A new precision is one file with a ``Precision`` and one line here.
+"""
+
+from __future__ import annotations
+
+from exporter.precisions.fp16 import FP16
+from exporter.precisions.fp32 import FP32
+from exporter.precisions.precision import Precision, Rewritten
+
+__all__ = ["PRECISIONS", "Precision", "Rewritten"]
+
+PRECISIONS: tuple[Precision, ...] = (FP32, FP16)

@@ -1,0 +1,14 @@
+"""float32: the graph as it is."""
+
+from __future__ import annotations
+
+from engines.parity import Gate
+from exporter.precisions.precision import Precision, Rewritten
+
+FP32 = Precision(
+    name="fp32",
+    dtype="float32",
+    rewrite=lambda graph, peaks: Rewritten(graph, {}),
+    twin=None,
+    gate=Gate(max_relative_error=5e-6, top1=True),
+)

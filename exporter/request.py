@@ -1,0 +1,126 @@
+"""What a user asks for, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+
+from exporter.errors import UsageError
+from exporter.variants import variant_from_name
+
+LARGEST_SIZE = 4096
+LARGEST_BATCH = 65536
+PRECISION_NAMES = ("fp32", "fp16")
+"""The names in ``exporter.precisions.PRECISIONS``, held equal by a test; reading them there would import onnx."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One export. None means the default: inferred from the tensors, from the channels, or chosen for this machine.
+
+    ``size`` is (height, width) in pixels; ``mean`` and ``std`` are per channel, in units of pixels scaled to 0..1.
+    """
+
+    path: pathlib.Path
+    out: pathlib.Path
+    onnx: bool = True
+    trt: tuple[str, ...] = ()
+    size: tuple[int, int] = (224, 224)
+    batch: tuple[int, int, int] = (1, 8, 32)
+    strides: tuple[int, ...] | None = None
+    eps: float | None = None
+    arch: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    calibration: pathlib.Path | None = None
+    sdk: str | None = None
+    gpu: tuple[int, ...] = ()
+    ignore_keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ``UsageError`` for values that no checkpoint could make right."""
+        for precision in self.trt:
+            _check_precision(precision, self.calibration)
+        if len(set(self.trt)) != len(self.trt):
+            raise UsageError("--trt: a precision is named twice; name each once")
+        if not all(1 <= side <= LARGEST_SIZE for side in self.size):
+            raise UsageError(f"--size: {self.size[0]}x{self.size[1]} is outside 1 to {LARGEST_SIZE} pixels")
+        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2] <= LARGEST_BATCH:
+            raise UsageError(
+                f"--batch: {':'.join(map(str, self.batch))} is not MIN:OPT:MAX "
+                f"with 1 <= MIN <= OPT <= MAX <= {LARGEST_BATCH}"
+            )
+        if self.strides is not None and not all(stride in (1, 2) for stride in self.strides):
+            raise UsageError("--strides: each stage's stride is 1 or 2, as in 2,2,2,2,2")
+        if self.eps is not None and not 0 < self.eps < 1:
+            raise UsageError(f"--eps: {self.eps} is not between 0 and 1; RepVGG uses 1e-5")
+        if self.std is not None and not all(value > 0 for value in self.std):
+            raise UsageError("--std: every value must be above 0")
+        if self.arch is not None:
+            variant_from_name(self.arch)
+
+
+def _check_precision(name: str, calibration: pathlib.Path | None) -> None:
+    if name == "int8" and calibration is None:
+        raise UsageError(
+            "--trt int8: needs --calib with images to calibrate on; random data would give a wrong network"
+        )
+    if name not in PRECISION_NAMES:
+        later = " (int8 is not in this version)" if name == "int8" else ""
+        raise UsageError(f"--trt {name}: unknown precision{later}; choose from {', '.join(PRECISION_NAMES)}")
+
+
+def size_from_text(text: str) -> tuple[int, int]:
+    """``"224"`` or ``"224x320"`` (height x width) to (height, width)."""
+    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text, re.ASCII)
+    if found is None:
+        raise UsageError(f"--size: {text!r} is not a number or HxW, as in 224 or 224x320")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def batch_from_text(text: str) -> tuple[int, int, int]:
+    """``"1:8:32"`` to (1, 8, 32); one number alone stands for all three."""
+    numbers = _integers("--batch", text, ":")
+    if len(numbers) not in (1, 3):
+        raise UsageError(f"--batch: {text!r} is not MIN:OPT:MAX, as in 1:8:32")
+    return (numbers[0], numbers[0], numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1], numbers[2])
+
+
+def strides_from_text(text: str) -> tuple[int, ...]:
+    """``"2,1,2,2,2"`` to (2, 1, 2, 2, 2): the first block's stride of stage0 to stage4."""
+    strides = _integers("--strides", text, ",")
+    if len(strides) != 5:
+        raise UsageError(
+            f"--strides: {text!r} has {len(strides)} numbers; give five, for stage0 to stage4, as in 2,2,2,2,2"
+        )
+    return strides
+
+
+def cards_from_text(text: str) -> tuple[int, ...]:
+    """``"sm86,sm89"`` to (86, 89)."""
+    cards = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(?:sm_?)?(\d{2,3})", part.strip().lower(), re.ASCII)
+        if found is None:
+            raise UsageError(f"--gpu: {part!r} is not a compute capability; write sm86 for 8.6, several with commas")
+        cards.append(int(found[1]))
+    return tuple(sorted(set(cards)))
+
+
+def floats_from_text(flag: str, text: str) -> tuple[float, ...]:
+    """Comma-separated finite numbers, for ``flag``."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (float("nan"),)
+    if not all(abs(value) < 1e6 for value in values):
+        raise UsageError(f"{flag}: {text!r} is not a list of numbers such as 0.485,0.456,0.406")
+    return values
+
+
+def _integers(flag: str, text: str, separator: str) -> tuple[int, ...]:
+    parts = text.split(separator)
+    if not all(re.fullmatch(r"\d{1,9}", part.strip(), re.ASCII) for part in parts):
+        raise UsageError(f"{flag}: {text!r} is not whole numbers separated by {separator!r}")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,116 @@
+"""One precision of a network: its typed graph, the ONNX file, the checks on both, the engine and its sidecar."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from engines.audit import Audit, audit_of_file
+from engines.build import CompilerProcess, Progress
+from engines.compiler import Request as CompilerRequest
+from engines.files import sha256_of, write_whole
+from engines.manifest import Manifest, sidecar_path
+from engines.plan import header_from_file
+from exporter import checks
+from exporter.description import Subject
+from exporter.onnx_graph import BATCH, INPUT, OUTPUT, Graph, with_metadata, write_onnx
+from exporter.onnxruntime_cpu import outputs_from_graph
+from exporter.plain import Plain
+from exporter.precisions import Precision
+from exporter.reference import GOLDEN_NAME, Reference
+from exporter.report import Check, EngineRecord
+from exporter.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Typed:
+    """A typed graph and where its ONNX file and its engine are or will be."""
+
+    precision: Precision
+    graph: Graph
+    kept: dict[str, str]
+    onnx: pathlib.Path
+    engine: pathlib.Path
+
+
+def typed_from_graph(
+    precision: Precision, graph: Graph, reference: Reference, metadata: Mapping[str, str], onnx: pathlib.Path
+) -> Typed:
+    """Rewrites the float32 ``graph`` to ``precision`` and writes it to ``onnx``."""
+    rewritten = precision.rewrite(graph, reference.peaks)
+    typed = with_metadata(rewritten.graph, metadata)
+    write_onnx(typed, onnx)
+    return Typed(precision, typed, rewritten.kept, onnx, onnx.with_suffix(".engine"))
+
+
+def submit(typed: Typed, compiler: CompilerProcess, request: Request) -> None:
+    """Starts the compilation; ``engine_from_typed`` waits for it."""
+    compiler.submit(CompilerRequest(str(typed.onnx), str(typed.engine), request.batch, request.gpu))
+
+
+def checks_of_typed(typed: Typed, plain: Plain, reference: Reference) -> list[Check]:
+    """The graph contract on the written file, how much of it is in the precision, and its numerics."""
+    name, convs = typed.precision.name, [node for node in typed.graph.structure.graph.node if node.op_type == "Conv"]
+    converted = [node for node in convs if typed.graph.weights[node.input[1]].dtype == np.dtype(typed.precision.dtype)]
+    kept = "".join(f"; {node} kept in float32: {reason}" for node, reason in typed.kept.items())
+    found = [
+        checks.contract_check(name, typed.onnx, plain, typed.graph),
+        Check(
+            f"{name}, precision asked for", bool(converted), None, None, f"{len(converted)} of {len(convs)} convs{kept}"
+        ),
+    ]
+    if typed.precision.twin is not None:
+        twin = typed.precision.twin(typed.graph)
+        batches = checks.batches_of(reference.images)
+        found.append(checks.twin_check(typed.precision, reference.outputs, lambda: outputs_from_graph(twin, batches)))
+    return found
+
+
+def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progress) -> tuple[EngineRecord, Audit]:
+    """Waits for the engine and audits its file.
+
+    Raises:
+        SdkMissing, CompilerRefused, OutputFailed: there is no engine.
+        PlanRejected: there is one, but its file is not whole.
+    """
+    build = compiler.result(progress)
+    audit = audit_of_file(typed.engine, *checks.expected_convolutions(typed.graph))
+    record = EngineRecord(
+        name=typed.engine.name,
+        precision=typed.precision.name,
+        sdk=build.sdk,
+        sdk_version=build.sdk_version,
+        compute_capabilities=header_from_file(typed.engine).compute_capabilities,
+        seconds=round(build.seconds, 3),
+        kept_in_float32=typed.kept,
+        audit={**dataclasses.asdict(audit), "line": audit.line},
+    )
+    return record, audit
+
+
+def write_sidecar(typed: Typed, record: EngineRecord, subject: Subject, checkpoint_sha256: str) -> None:
+    """Writes ``<engine>.json`` beside the engine."""
+    size, channels, classes = subject.request.size, subject.architecture.in_channels, subject.architecture.classes
+    manifest = Manifest(
+        name=typed.engine.name,
+        precision=typed.precision.name,
+        sha256={
+            "checkpoint": checkpoint_sha256,
+            "onnx": sha256_of(typed.onnx),
+            "engine": sha256_of(typed.engine),
+        },
+        sdk={"name": record.sdk, "version": record.sdk_version},
+        compute_capabilities=record.compute_capabilities,
+        inputs=({"name": INPUT, "dtype": "float32", "shape": [BATCH, channels, *size]},),
+        outputs=({"name": OUTPUT, "dtype": "float32", "shape": [BATCH, classes]},),
+        profile={INPUT: tuple((batch, channels, *size) for batch in subject.request.batch)},
+        preprocessing=subject.preprocessing,
+        assumptions=subject.assumptions,
+        tolerance=typed.precision.gate.max_relative_error,
+        audit=record.audit,
+        golden=GOLDEN_NAME,
+    )
+    write_whole(sidecar_path(typed.engine), manifest.to_json().encode())
