@@ -76,7 +76,8 @@ class RepVGG(nn.Module):
         """(N, in_channels, H, W) to (N, classes)."""
         for index in range(5):
             x = getattr(self, f"stage{index}")(x)
-        return self.linear(x.mean(dim=(2, 3)))
+        scores: torch.Tensor = self.linear(x.mean(dim=(2, 3)))
+        return scores
 
 
 def images_and_labels(folder: pathlib.Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +106,8 @@ def accuracy(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> float:
     """Top-1 in percent, in eval mode."""
     model.eval()
     with torch.inference_mode():
-        hits = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), labels.split(500), strict=True))
+        parts = zip(torch.split(x, 500), torch.split(labels, 500), strict=True)
+        hits = sum(int((model(images).argmax(1) == truth).sum()) for images, truth in parts)
     return 100.0 * hits / len(labels)
 
 
@@ -123,7 +125,7 @@ def trained(data: pathlib.Path, epochs: int, seed: int) -> tuple[RepVGG, float]:
     for epoch in range(epochs):
         model.train()
         start, order = time.monotonic(), torch.randperm(len(x), generator=generator)
-        for chosen in order.split(batch_size)[: len(x) // batch_size]:
+        for chosen in torch.split(order, batch_size)[: len(x) // batch_size]:
             loss = nn.functional.cross_entropy(model(augmented(x[chosen], generator)), labels[chosen])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

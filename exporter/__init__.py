@@ -1,4 +1,4 @@
-"""A trained RepVGG in; checked ONNX graphs, checked TensorRT engines, and the proof that they are the same network out."""
+"""A trained RepVGG in; checked ONNX graphs and TensorRT engines out, with the proof that they are the same network."""
 
 from __future__ import annotations
 

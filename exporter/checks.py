@@ -112,7 +112,7 @@ def _parity(
     gate, failure = judged(comparison)
     detail = (
         f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
-        f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {100 * comparison.top1_agreement:.0f} % of {comparison.rows}"
+        f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {comparison.top1_agreement:.0%} of {comparison.rows}"
     )
     return Check(
         stage,

@@ -66,7 +66,8 @@ def images_from_npz(
     if shaped.ndim != 4 or shaped.shape[1:] != (channels, *size) or len(images) < GOLDEN_IMAGES:
         raise InputRejected(
             f"{path}: images are {images.dtype} {images.shape}; expected at least {GOLDEN_IMAGES} "
-            f"with {channels} channels of {size[0]}x{size[1]}: uint8 (N, H, W, C) or float32 (N, C, H, W); set --size, or resize them"
+            f"with {channels} channels of {size[0]}x{size[1]}: uint8 (N, H, W, C) or float32 (N, C, H, W); "
+            f"set --size, or resize them"
         )
     if images.dtype == np.uint8:
         mean, std = (np.array(values, np.float32)[:, None, None] for values in (normalise.mean, normalise.std))

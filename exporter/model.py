@@ -90,4 +90,4 @@ def _logits_at_once(
 
 def _parts(images: Tensor) -> Iterator[Tensor]:
     pixels = images.shape[2] * images.shape[3]
-    yield from images.split(max(1, PIXELS_AT_ONCE // pixels))
+    yield from torch.split(images, max(1, PIXELS_AT_ONCE // pixels))

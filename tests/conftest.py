@@ -1,0 +1,85 @@
+"""What many tests share: a small network, its checkpoint file, one finished export, and the command line in a process."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from exporter.cli import main
+from tests.networks import NaiveRepVGG, Shape, contiguous_float
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def small() -> NaiveRepVGG:
+    """A fresh small network, to be changed at will."""
+    return NaiveRepVGG(Shape())
+
+
+@pytest.fixture
+def saved(tmp_path: pathlib.Path) -> Callable[..., pathlib.Path]:
+    """Saves an object with torch.save; returns the path."""
+
+    def save(content: object, name: str = "model.pt") -> pathlib.Path:
+        path = tmp_path / name
+        torch.save(content, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def checkpoint(small: NaiveRepVGG, saved: Callable[..., pathlib.Path]) -> pathlib.Path:
+    """The small network's state dict, official naming, training form."""
+    return saved(contiguous_float(small.state_dict()))
+
+
+class Outcome:
+    """What a command did."""
+
+    def __init__(self, code: int, stdout: str, stderr: str) -> None:
+        self.code, self.stdout, self.stderr = code, stdout, stderr
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr, without its "error: "."""
+        lines = self.stderr.splitlines()
+        assert len(lines) == 1, f"expected one line on stderr, got {self.stderr!r}"
+        assert lines[0].startswith("error: "), lines[0]
+        return lines[0].removeprefix("error: ")
+
+
+@pytest.fixture
+def command(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Outcome]:
+    """Runs the command line in this process, in an empty directory."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.chdir(tmp_path)
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = main([str(argument) for argument in arguments])
+        return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+    return run
+
+
+def run_process(arguments: Sequence[object], cwd: pathlib.Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` as a user would run it, with the checkout importable."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *(str(argument) for argument in arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, **options)
