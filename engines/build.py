@@ -1,24 +1,18 @@
-"""Typed ONNX in, engine out, each engine compiled in a fresh process (``engines.compiler`` says why).
-
-A ``CompilerProcess`` may be started before there is anything to compile, so that it imports the SDK meanwhile.
-"""
+"""Typed ONNX in, engine out, each engine compiled in a fresh process (``engines.compiler`` says why)."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from engines.compiler import Request
 from engines.errors import CompilerRefused, InputRejected, OutputFailed, ReportedError, SdkMissing, first_line
+from engines.process import Process
 from engines.sdk import Sdk, sdk_for_build
 
 Progress = Callable[[str, int, int], None]
@@ -45,44 +39,23 @@ class Build:
     warnings: tuple[str, ...]
 
 
-class CompilerProcess:
-    """A fresh process that compiles one engine; a context manager that leaves no process behind."""
+class CompilerProcess(Process):
+    """A fresh process that compiles one engine; started early, it imports the SDK meanwhile."""
 
     def __init__(self, sdk: Sdk) -> None:
-        root = str(pathlib.Path(__file__).resolve().parent.parent)
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        super().__init__("engines.compiler", sdk.module)
         self.sdk = sdk
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed by __exit__
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "engines.compiler", sdk.module],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._stderr,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-            start_new_session=True,  # Ctrl-C reaches the caller alone, which then closes this process
-        )
         self._started = time.monotonic()
         self._engine = pathlib.Path()
 
     def __enter__(self) -> CompilerProcess:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._stderr.close()
-
     def submit(self, request: Request) -> None:
         """Hands over the request and returns at once; ``result`` waits."""
         self._started = time.monotonic()
         self._engine = pathlib.Path(request.engine)
-        stdin = self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has died already, and result() reports why
-            if stdin is not None:
-                stdin.write(json.dumps(dataclasses.asdict(request)) + "\n")
-                stdin.flush()
+        self.send(json.dumps(dataclasses.asdict(request)).encode() + b"\n")
 
     def result(self, progress: Progress | None = None) -> Build:
         """Waits for the engine.
@@ -93,7 +66,7 @@ class CompilerProcess:
             OutputFailed: the engine could not be written.
         """
         warnings: list[str] = []
-        for line in self._process.stdout or ():
+        for line in self.answers:
             message: dict[str, Any] = json.loads(line)
             if message["kind"] == "progress" and progress is not None:
                 progress(message["phase"], message["done"], message["steps"])
@@ -104,9 +77,7 @@ class CompilerProcess:
             elif message["kind"] == "done":
                 seconds = time.monotonic() - self._started
                 return Build(self._engine, self.sdk.module, message["version"], seconds, tuple(warnings))
-        raise CompilerRefused(
-            f"{self.sdk.title} ended with status {self._process.wait()} and no answer{self._last_words()}"
-        )
+        raise CompilerRefused(f"{self.sdk.title} ended without an answer ({self.last_words()})")
 
     def _failure(self, message: dict[str, Any]) -> ReportedError:
         text = first_line(message["text"], limit=400)
@@ -118,11 +89,6 @@ class CompilerProcess:
             )
         hint = next((hint for pattern, hint in HINTS if pattern in message["text"]), None)
         return CompilerRefused(f"{self.sdk.title} refused the graph: {text}" + (f" [{hint}]" if hint else ""))
-
-    def _last_words(self) -> str:
-        self._stderr.seek(0)
-        lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        return f": {first_line(lines[-1])}" if lines else ""
 
 
 def build(

@@ -2,20 +2,21 @@
 
 A value stands for the map from x (N, in, H, W) to y (N, out, Ho, Wo)
 
-    y[o, p] = b[o] + sum over terms, i and t of K[o, i, t] x[i, s p + t]          x is 0 outside its frame
+    y[o, p] = b[o] + sum over terms, i and t of a[o] K[o, i, t] x[i, s p + t]     x is 0 outside its frame
     Ho      = floor((H + c) / s) + 1                                              and so for the width
 
 with the taps t at absolute offsets: a 3x3 convolution with padding 1 has taps -1, 0, 1, a 1x1 without padding has the
 tap 0, and both have extent c = -1. "Pad the 1x1 kernel to 3x3" is then nothing but a sum of two values, and any
 padding, also an uneven one, is only a matter of where the taps are.
 
-    batch norm   linear in y per channel: K' = K g / sqrt(v + eps), b' = beta + (b - mean) g / sqrt(v + eps)
+    batch norm   linear in y per channel: a' = a g / sqrt(v + eps), b' = beta + (b - mean) g / sqrt(v + eps)
     identity     the 1x1 kernel 1 with as many groups as channels (a dirac kernel)
     sum          of values with equal s and c: the terms side by side, the biases added
     groups       a term with more groups than needed is a block-diagonal one with fewer; a sum lives at the gcd
 
-Terms stay apart until ``materialised`` puts them into one kernel. (The case of three terms is section 3.3 of Ding et
-al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021.)
+Terms stay apart until ``materialised`` puts them into one kernel, and a term's scale a stays apart from its kernel K,
+so that K is read once and may be of any floating dtype: the product is computed in float64. (The case of three terms is
+section 3.3 of Ding et al., "RepVGG: Making VGG-style ConvNets Great Again", CVPR 2021.)
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ Pair = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """``kernel`` (out, in / groups, kh, kw) in float64; its first tap stands at ``offset`` (row, column)."""
+    """``scale`` (out,) in float64 times ``kernel`` (out, in / groups, kh, kw); its first tap is at ``offset``."""
 
+    scale: Tensor
     kernel: Tensor
     offset: Pair
     groups: int
@@ -66,12 +68,12 @@ class Convolution:
 
 def convolution(weight: Tensor, bias: Tensor | None, *, stride: Pair, padding: Pair, groups: int) -> AffineConvolution:
     """The value of an ordinary convolution with ``weight`` (out, in / groups, kh, kw) of any floating dtype."""
-    kernel = weight.double()
-    size = kernel.shape[2:]
+    out, inner, *size = weight.shape
+    one = torch.ones(out, dtype=torch.float64)
     return AffineConvolution(
-        terms=(Term(kernel, (-padding[0], -padding[1]), groups),),
-        bias=kernel.new_zeros(kernel.shape[0]) if bias is None else bias.double(),
-        in_channels=kernel.shape[1] * groups,
+        terms=(Term(one, weight, (-padding[0], -padding[1]), groups),),
+        bias=torch.zeros_like(one) if bias is None else bias.double(),
+        in_channels=inner * groups,
         stride=stride,
         extent=(2 * padding[0] - size[0], 2 * padding[1] - size[1]),
     )
@@ -88,7 +90,7 @@ def batch_normalised(
 ) -> AffineConvolution:
     """``value`` followed by a batch norm in eval mode; the four statistics are (out,) of any floating dtype."""
     scale = weight.double() / torch.sqrt(variance.double() + eps)
-    terms = tuple(dataclasses.replace(term, kernel=term.kernel * scale[:, None, None, None]) for term in value.terms)
+    terms = tuple(dataclasses.replace(term, scale=term.scale * scale) for term in value.terms)
     return dataclasses.replace(value, terms=terms, bias=bias.double() + (value.bias - mean.double()) * scale)
 
 
@@ -115,11 +117,18 @@ def materialised(value: AffineConvolution) -> Convolution:
     top, bottom = _span(value, 0)
     left, right = _span(value, 1)
     size = (bottom - top + 1, right - left + 1)
-    weight = value.bias.new_zeros(len(value.bias), value.in_channels // groups, *size)
-    for term in value.terms:
-        row, column = term.offset[0] - top, term.offset[1] - left
-        height, width = term.kernel.shape[2:]
-        weight[:, :, row : row + height, column : column + width] += _regrouped(term.kernel, term.groups, groups)
+    shape = (len(value.bias), value.in_channels // groups, *size)
+    weight: Tensor | None = None
+    for term in sorted(value.terms, key=lambda term: -term.kernel.numel()):
+        scaled = _regrouped(term.kernel * term.scale[:, None, None, None], term.groups, groups)
+        if weight is None:
+            weight = scaled if scaled.shape == shape else scaled.new_zeros(shape)
+        if weight is not scaled:
+            row, column = term.offset[0] - top, term.offset[1] - left
+            height, width = scaled.shape[2:]
+            weight[:, :, row : row + height, column : column + width] += scaled
+    if weight is None:
+        raise ValueError("a value without terms has no kernel")
     padding = (-top, -left, value.extent[0] + size[0] + top, value.extent[1] + size[1] + left)
     return Convolution(weight, value.bias, value.stride, padding, groups)
 

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import helper
 
-from engines.errors import first_line
 from exporter.architecture import Architecture, Block
-from exporter.onnx_graph import INPUT, OUTPUT
+from exporter.errors import ReportedError
+from exporter.onnx_file import graph_from_file
+from exporter.onnx_graph import INPUT, OUTPUT, checked, without_declarations
 
 SE_OPERATIONS = {"GlobalAveragePool": 1, "Conv": 2, "Relu": 1, "Sigmoid": 1, "Mul": 1}
 
@@ -53,15 +54,15 @@ def contract_problems(
         half: the names of those that must stand in the file rounded to float16.
     """
     try:
-        onnx.checker.check_model(str(path))
-        model = onnx.load(str(path))
-    except Exception as error:
-        return [f"not a valid ONNX file ({first_line(error)})"]
+        graph = checked(graph_from_file(path))
+    except ReportedError as error:
+        return [str(error)]
+    model = without_declarations(graph)
     return [
         *_count_problems(model, architecture),
         *_interface_problems(model, architecture),
         *_wiring_problems(model, architecture),
-        *_weight_problems(model, weights, half),
+        *_weight_problems(graph.weights, weights, half),
     ]
 
 
@@ -167,15 +168,13 @@ def _geometry(conv: onnx.NodeProto) -> tuple[list[int], list[int], int, list[int
 
 
 def _weight_problems(
-    model: onnx.ModelProto, weights: Mapping[str, NDArray[np.float32]], half: Collection[str]
+    written: Mapping[str, NDArray[Any]], weights: Mapping[str, NDArray[np.float32]], half: Collection[str]
 ) -> list[str]:
     problems = []
-    written = {tensor.name: tensor for tensor in model.graph.initializer}
     if written.keys() != weights.keys():
         problems.append(f"its weights are not those of the network ({len(written)} where {len(weights)} belong)")
     for name in sorted(written.keys() & weights.keys()):
-        array = numpy_helper.to_array(written[name])
-        expected = weights[name].astype(np.float16 if name in half else np.float32, copy=False)
+        array, expected = written[name], weights[name].astype(np.float16 if name in half else np.float32, copy=False)
         unsigned = f"u{expected.dtype.itemsize}"
         if array.shape != expected.shape or array.dtype != expected.dtype:
             problems.append(f"weight {name} is {array.dtype} {array.shape}, not {expected.dtype} {expected.shape}")

@@ -25,10 +25,17 @@ Observer = Callable[[Block, Tensor, Tensor], None]
 PIXELS_AT_ONCE = 4 * 224 * 224
 
 
-def block_tensors(tensors: Mapping[str, Tensor], block: Block, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The block's own tensors in ``dtype``, by their names inside the block."""
-    prefix = block.name + "."
-    return {name.removeprefix(prefix): t.to(dtype) for name, t in tensors.items() if name.startswith(prefix)}
+def block_tensors(tensors: Mapping[str, Tensor], block: Block, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The block's own tensors in ``dtype`` (None: as they are, not copied), by their names inside the block.
+
+    A fused kernel beside live branches is left out: nothing computes with it.
+    """
+    own = {}
+    for name, tensor in tensors.items():
+        stage, index, *inner = name.split(".", 2)
+        if f"{stage}.{index}" == block.name and (block.deployed or not inner[0].startswith("fused.")):
+            own[inner[0]] = tensor.to(dtype) if dtype is not None else tensor
+    return own
 
 
 def branch_sum(block: Block, own: Mapping[str, Tensor], x: Tensor, bn_eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Plain network to ONNX: built node by node, simplified by onnxsim, written in one pass.
+"""Plain network to ONNX: built node by node, written in one pass.
 
 A ``Graph`` keeps the model's structure (a ``ModelProto`` whose weights are declared as inputs) apart from the weights
 (numpy arrays by name). The structure is a few kilobytes, so that simplifying, checking and rewriting it costs nothing,
@@ -40,45 +40,33 @@ class Graph:
     weights: Mapping[str, NDArray[Any]]
 
 
-def onnx_from_plain(plain: Plain, size: tuple[int, int], metadata: Mapping[str, str]) -> Graph:
-    """The float32 graph of a plain network for images of ``size`` (height, width), with a dynamic batch.
-
-    Raises:
-        VerificationFailed: onnx's checker or shape inference rejects the structure.
-    """
-    architecture = plain.architecture
-    weights = weights_from_plain(plain)
+def structure_from_architecture(architecture: Architecture, size: tuple[int, int]) -> onnx.ModelProto:
+    """The float32 graph of the plain network for images of ``size`` (height, width), with a dynamic batch."""
     nodes = [node for block, source in _chain(architecture) for node in _block_nodes(block, source)]
     nodes += _head_nodes(architecture.blocks[-1].name)
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, architecture.in_channels, *size])
     scores = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, architecture.classes])
-    declared = [_declaration(name, array) for name, array in weights.items()]
+    declared = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in _weight_shapes(architecture)
+    ]
     graph = helper.make_graph(nodes, "repvgg", [image, *declared], [scores])
-    model = helper.make_model(
+    return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="repvgg-exporter"
     )
-    return with_metadata(checked(simplified(Graph(model, weights))), metadata)
+
+
+def onnx_from_plain(plain: Plain, structure: onnx.ModelProto, metadata: Mapping[str, str]) -> Graph:
+    """The plain network's weights in the simplified ``structure`` of its architecture.
+
+    Raises:
+        VerificationFailed: onnx's checker or shape inference rejects the structure.
+    """
+    return with_metadata(checked(Graph(structure, weights_from_plain(plain))), metadata)
 
 
 def weights_from_plain(plain: Plain) -> dict[str, NDArray[np.float32]]:
     """The plain network's weights by their names in the graph, not copied."""
     return {name.replace(".fused.", "."): tensor.numpy() for name, tensor in plain.tensors.items()}
-
-
-def simplified(graph: Graph) -> Graph:
-    """The graph after onnxsim; weights are inputs to it, so that none can be changed.
-
-    Raises:
-        VerificationFailed: onnxsim says that its result differs.
-    """
-    import onnxsim
-
-    structure, same = onnxsim.simplify(graph.structure)
-    if not same:
-        raise VerificationFailed(
-            "onnxsim: its own check failed on this graph; report this with the checkpoint's key names"
-        )
-    return Graph(structure, graph.weights)
 
 
 def with_metadata(graph: Graph, metadata: Mapping[str, str]) -> Graph:
@@ -101,7 +89,7 @@ def checked(graph: Graph) -> Graph:
 
 def with_initializers(graph: Graph) -> onnx.ModelProto:
     """One in-memory model with its weights inside. Copies them: for small graphs and tests."""
-    model = _without_declarations(graph)
+    model = without_declarations(graph)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in graph.weights.items())
     return model
 
@@ -128,7 +116,7 @@ def write_onnx(graph: Graph, path: pathlib.Path, limit: int = ONE_FILE_LIMIT) ->
 
 def _write_model(graph: Graph, file: BinaryIO, tensors: list[_LazyTensor]) -> None:
     """Writes ModelProto's bytes by hand around the weights; field numbers are those of onnx.proto."""
-    model = _without_declarations(graph)
+    model = without_declarations(graph)
     inner = model.graph.SerializeToString()
     model.ClearField("graph")
     size = len(inner) + sum(len(_field(5, tensor.size)) + tensor.size for tensor in tensors)  # GraphProto.initializer
@@ -197,7 +185,8 @@ def _write_with_external_data(graph: Graph, path: pathlib.Path) -> list[pathlib.
     return [path, data_path]
 
 
-def _without_declarations(graph: Graph) -> onnx.ModelProto:
+def without_declarations(graph: Graph) -> onnx.ModelProto:
+    """The structure as it stands in a file: weights are not inputs."""
     model = onnx.ModelProto()
     model.CopyFrom(graph.structure)
     inputs = [value for value in model.graph.input if value.name not in graph.weights]
@@ -206,8 +195,18 @@ def _without_declarations(graph: Graph) -> onnx.ModelProto:
     return model
 
 
-def _declaration(name: str, array: NDArray[Any]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+def _weight_shapes(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for block in architecture.blocks:
+        out = block.out_channels
+        yield f"{block.name}.weight", (out, block.in_channels // block.groups, 3, 3)
+        yield f"{block.name}.bias", (out,)
+        if block.se_channels is not None:
+            yield f"{block.name}.se.reduce.weight", (block.se_channels, out, 1, 1)
+            yield f"{block.name}.se.reduce.bias", (block.se_channels,)
+            yield f"{block.name}.se.expand.weight", (out, block.se_channels, 1, 1)
+            yield f"{block.name}.se.expand.bias", (out,)
+    yield "head.weight", (architecture.classes, architecture.blocks[-1].out_channels)
+    yield "head.bias", (architecture.classes,)
 
 
 def _chain(architecture: Architecture) -> Iterator[tuple[Block, str]]:

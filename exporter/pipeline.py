@@ -16,15 +16,15 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.build import CompilerProcess, Progress
+from engines.build import Progress
 from engines.files import reported_write_errors, sha256_of
 from engines.sdk import versions
 from exporter import checks
@@ -34,64 +34,83 @@ from exporter.description import Subject
 from exporter.images import images_from_npz, noise_images, normalisation
 from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.model import logits
-from exporter.onnx_graph import Graph, onnx_from_plain, write_onnx
+from exporter.onnx_graph import onnx_from_plain, structure_from_architecture, write_onnx
 from exporter.onnxruntime_cpu import outputs_from_file, outputs_from_graph
 from exporter.plain import Plain, plain_from_repvgg, relative_error
 from exporter.precisions import PRECISIONS
+from exporter.processes import Processes
 from exporter.reference import GOLDEN_NAME, Reference, reference_from_repvgg, write_golden
 from exporter.report import Check, EngineRecord, FileRecord, Report, markdown_from_report
 from exporter.request import Request
 from exporter.staging import REPORT_NAME, Staging, staging
-from exporter.typed import checks_of_typed, engine_from_typed, submit, typed_from_graph, write_sidecar
+from exporter.typed import (
+    contract_checks_of_typed,
+    engine_from_typed,
+    numeric_checks_of_typed,
+    submit,
+    typed_from_graph,
+    write_sidecar,
+)
 from exporter.variants import variant_from_name
 from exporter.version import VERSION
 
-Compilers = Mapping[str, CompilerProcess]
-"""A started compiler process for each precision that an engine is wanted in."""
+Batch = NDArray[np.float32]
 
 Notify = Callable[[str], None]
 """Told each finding, one line at a time, as it is made."""
 
 
-def report_from_checkpoint(request: Request, compilers: Compilers, notify: Notify, progress: Progress) -> Report:
+def report_from_checkpoint(request: Request, processes: Processes, notify: Notify, progress: Progress) -> Report:
     """Runs the whole export. The caller looks at ``Report.passed``: a run that failed a check returns, too.
 
     Raises:
         ReportedError: of the kind and exit code that ``exporter.errors`` lists; nothing is left behind.
     """
-    with staging(request.out) as stage, concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool, staging(request.out, pool) as stage:
         digest, intact = pool.submit(sha256_of, request.path), pool.submit(check_archive, request.path)
         checkpoint = checkpoint_from_path(request.path)
-        onnx_tools = pool.submit(importlib.import_module, "onnxsim")
         architecture, tensors = repvgg_from_checkpoint(checkpoint, request)
+        structure = structure_from_architecture(architecture, request.size)
+        processes.simplifier.submit(structure.SerializeToString())
         subject = subject_from(request, checkpoint, architecture)
         images, source = images_from_request(subject)
         for line in [*subject.lines, f"inputs: {source}"]:
             notify(line)
+
         plain = plain_from_repvgg(architecture, tensors)
         reference = reference_from_repvgg(architecture, tensors, images)
         intact.result()
         tensors.clear()  # with the next line this unmaps the file, whose pages count as this process's memory
         checkpoint.tensors.clear()
 
-        onnx_tools.result()
         metadata = functools.partial(subject.metadata, digest.result())
-        graph = onnx_from_plain(plain, request.size, metadata("fp32"))
-        typed = []
-        for precision in (precision for precision in PRECISIONS if precision.name in request.trt):
-            onnx_path = stage.path(f"{request.path.stem}.{precision.name}.onnx")
-            typed.append(typed_from_graph(precision, graph, reference, metadata(precision.name), onnx_path))
-            submit(typed[-1], compilers[precision.name], request)
-
+        structure = onnx.ModelProto.FromString(processes.simplifier.result())
+        graph = onnx_from_plain(plain, structure, metadata("fp32"))
         found = Findings(notify)
         found.add(checks.fusion_checks(plain))
-        found.add(checks_of_float32(stage, subject, plain, graph, reference))
+        typed = []
+        for precision in (precision for precision in PRECISIONS if precision.name in request.trt):
+            path = stage.path(f"{request.path.stem}.{precision.name}.onnx")
+            typed.append(typed_from_graph(precision, graph, reference, metadata(precision.name), path))
+            submit(typed[-1], processes.compilers[precision.name], request)
+            found.add(contract_checks_of_typed(typed[-1], plain))
+            stage.seal(path)
+        run_float32 = functools.partial(outputs_from_graph, graph)
+        if request.onnx:
+            path = stage.path(f"{request.path.stem}.onnx")
+            write_onnx(graph, path)
+            found.add([checks.contract_check("fp32", path, plain, graph)])
+            stage.seal(path)
+            run_float32 = functools.partial(outputs_from_file, path)
+        del graph
+        plain.tensors.clear()  # the files hold the weights from here on
+        found.add([check_of_float32(subject, reference, run_float32)])
         for one in typed:
-            found.add(checks_of_typed(one, plain, reference))
+            found.add(numeric_checks_of_typed(one, reference))
         engines = []
         for one in typed:
-            record, audit = engine_from_typed(one, compilers[one.precision.name], progress)
-            write_sidecar(one, record, subject, digest.result())
+            record, audit = engine_from_typed(one, processes.compilers[one.precision.name], progress)
+            write_sidecar(one, record, subject, digest.result(), stage)
             found.add([checks.audit_check(one.precision, audit)])
             engines.append(record)
         report = report_from_findings(stage, subject, digest.result(), source, plain, reference, found, engines)
@@ -145,22 +164,11 @@ def images_from_request(subject: Subject) -> tuple[NDArray[np.float32], str]:
     return images, f"the first {len(images)} images of {request.calibration.name}"
 
 
-def checks_of_float32(
-    stage: Staging, subject: Subject, plain: Plain, graph: Graph, reference: Reference
-) -> list[Check]:
-    """Writes ``<stem>.onnx`` where it was asked for, and checks it; else checks the graph that the others come from."""
-    request = subject.request
-    fp32 = PRECISIONS[0]
+def check_of_float32(subject: Subject, reference: Reference, run: Callable[[list[Batch]], list[Batch]]) -> Check:
+    """ONNX Runtime's outputs in float32 against the reference."""
+    loss = functools.partial(training_time_loss, subject.request, subject.architecture, reference)
     batches = checks.batches_of(reference.images)
-    loss = functools.partial(training_time_loss, request, subject.architecture, reference)
-    if not request.onnx:
-        return [checks.float32_check(reference.outputs, lambda: outputs_from_graph(graph, batches), fp32.gate, loss)]
-    path = stage.path(f"{request.path.stem}.onnx")
-    write_onnx(graph, path)
-    return [
-        checks.contract_check("fp32", path, plain, graph),
-        checks.float32_check(reference.outputs, lambda: outputs_from_file(path, batches), fp32.gate, loss),
-    ]
+    return checks.float32_check(reference.outputs, lambda: run(batches), PRECISIONS[0].gate, loss)
 
 
 def training_time_loss(request: Request, architecture: Architecture, reference: Reference) -> float:
@@ -181,9 +189,11 @@ def report_from_findings(
     engines: Sequence[EngineRecord],
 ) -> Report:
     """Writes the golden vectors and the report's files; the report lists every file but itself."""
+    golden = stage.path(GOLDEN_NAME)
     with reported_write_errors(stage.out):
-        write_golden(reference, stage.path(GOLDEN_NAME))
-    files = [FileRecord(path.name, path.stat().st_size, sha256_of(path)) for path in stage.files]
+        write_golden(reference, golden)
+    stage.seal(golden)
+    files = [FileRecord(path.name, path.stat().st_size, stage.sha256(path)) for path in stage.files]
     report = Report(
         version=VERSION,
         checkpoint=subject.checkpoint_record(checkpoint_sha256),
@@ -196,7 +206,8 @@ def report_from_findings(
         files=tuple(files),
         versions=versions(),
     )
-    with reported_write_errors(stage.out):
-        stage.path("report.md").write_text(markdown_from_report(report), encoding="utf-8")
-        stage.path(REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
+    for name, text in (("report.md", markdown_from_report(report)), (REPORT_NAME, report.to_json())):
+        with reported_write_errors(stage.out):
+            stage.path(name).write_text(text, encoding="utf-8")
+        stage.seal(stage.path(name))
     return report

@@ -6,62 +6,76 @@ that fails a check leaves its files as ``*.rejected`` and touches nothing else; 
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 
-from engines.files import reported_write_errors, synced
+from engines.files import reported_write_errors, sha256_of, synced
 
 REPORT_NAME = "report.json"
 REJECTED = ".rejected"
 
 
 class Staging:
-    """The hidden directory of one run. ``files`` are the names written so far, in order."""
+    """The hidden directory of one run. A finished file is sealed: ``pool`` hashes and syncs it meanwhile."""
 
-    def __init__(self, out: pathlib.Path, folder: pathlib.Path) -> None:
-        self.out, self.folder = out, folder
+    def __init__(self, out: pathlib.Path, folder: pathlib.Path, pool: Executor) -> None:
+        self.out = out
+        self._folder = folder
+        self._pool = pool
+        self._sealed: dict[str, Future[str]] = {}
 
     def path(self, name: str) -> pathlib.Path:
         """Where to write the file that will be ``out / name``."""
-        return self.folder / name
+        return self._folder / name
+
+    def seal(self, path: pathlib.Path) -> None:
+        """Says that a file is written and will not change."""
+        self._sealed[path.name] = self._pool.submit(_synced_sha256, path)
+
+    def sha256(self, path: pathlib.Path) -> str:
+        """The hexadecimal SHA-256 of a sealed file."""
+        return self._sealed[path.name].result()
 
     @property
     def files(self) -> list[pathlib.Path]:
-        """What has been written."""
-        return sorted(self.folder.iterdir())
+        """What has been sealed, by name."""
+        return [self._folder / name for name in sorted(self._sealed)]
 
-    def publish(self) -> list[pathlib.Path]:
-        """Moves every file into place, and removes what an earlier run made and this one did not."""
-        stale = _earlier_files(self.out)
-        made = self._moved("")
-        for name in stale - {path.name for path in made}:
+    def publish(self) -> None:
+        """Moves every sealed file into place, and removes what an earlier run made and this one did not."""
+        stale = _earlier_files(self.out) - set(self._sealed)
+        self._move("")
+        for name in stale:
             with contextlib.suppress(OSError):
                 (self.out / name).unlink()
-        return made
 
-    def reject(self) -> list[pathlib.Path]:
-        """Moves every file into place as ``*.rejected``."""
-        return self._moved(REJECTED)
+    def reject(self) -> None:
+        """Moves every sealed file into place as ``*.rejected``."""
+        self._move(REJECTED)
 
-    def _moved(self, suffix: str) -> list[pathlib.Path]:
+    def _move(self, suffix: str) -> None:
         with reported_write_errors(self.out):
-            for path in self.files:
-                synced(path)
-            moved = []
+            concurrent.futures.wait(self._sealed.values())
             # The report goes last: it lists the others, so a reader who sees it sees them.
             for path in sorted(self.files, key=lambda path: path.name == REPORT_NAME):
-                target = self.out / (path.name + suffix)
-                path.replace(target)
-                moved.append(target)
-            return moved
+                self.sha256(path)
+                path.replace(self.out / (path.name + suffix))
+
+
+def _synced_sha256(path: pathlib.Path) -> str:
+    with reported_write_errors(path):
+        synced(path)
+    return sha256_of(path)
 
 
 @contextlib.contextmanager
-def staging(out: pathlib.Path) -> Iterator[Staging]:
+def staging(out: pathlib.Path, pool: Executor) -> Iterator[Staging]:
     """Makes ``out`` and a hidden directory in it; removes both again where nothing came of them.
 
     Raises:
@@ -72,7 +86,7 @@ def staging(out: pathlib.Path) -> Iterator[Staging]:
         out.mkdir(parents=True, exist_ok=True)
         folder = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=out))
     try:
-        yield Staging(out, folder)
+        yield Staging(out, folder, pool)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         for directory in created:

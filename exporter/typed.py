@@ -11,11 +11,12 @@ import numpy as np
 from engines.audit import Audit, audit_of_file
 from engines.build import CompilerProcess, Progress
 from engines.compiler import Request as CompilerRequest
-from engines.files import sha256_of, write_whole
+from engines.files import reported_write_errors
 from engines.manifest import Manifest, sidecar_path
 from engines.plan import header_from_file
 from exporter import checks
 from exporter.description import Subject
+from exporter.onnx_file import graph_from_file
 from exporter.onnx_graph import BATCH, INPUT, OUTPUT, Graph, with_metadata, write_onnx
 from exporter.onnxruntime_cpu import outputs_from_graph
 from exporter.plain import Plain
@@ -23,6 +24,7 @@ from exporter.precisions import Precision
 from exporter.reference import GOLDEN_NAME, Reference
 from exporter.report import Check, EngineRecord
 from exporter.request import Request
+from exporter.staging import Staging
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,10 @@ class Typed:
 def typed_from_graph(
     precision: Precision, graph: Graph, reference: Reference, metadata: Mapping[str, str], onnx: pathlib.Path
 ) -> Typed:
-    """Rewrites the float32 ``graph`` to ``precision`` and writes it to ``onnx``."""
+    """Rewrites the float32 ``graph`` to ``precision`` and writes it to ``onnx``; from then on the file is the graph."""
     rewritten = precision.rewrite(graph, reference.peaks)
-    typed = with_metadata(rewritten.graph, metadata)
-    write_onnx(typed, onnx)
-    return Typed(precision, typed, rewritten.kept, onnx, onnx.with_suffix(".engine"))
+    write_onnx(with_metadata(rewritten.graph, metadata), onnx)
+    return Typed(precision, graph_from_file(onnx), rewritten.kept, onnx, onnx.with_suffix(".engine"))
 
 
 def submit(typed: Typed, compiler: CompilerProcess, request: Request) -> None:
@@ -51,22 +52,25 @@ def submit(typed: Typed, compiler: CompilerProcess, request: Request) -> None:
     compiler.submit(CompilerRequest(str(typed.onnx), str(typed.engine), request.batch, request.gpu))
 
 
-def checks_of_typed(typed: Typed, plain: Plain, reference: Reference) -> list[Check]:
-    """The graph contract on the written file, how much of it is in the precision, and its numerics."""
+def contract_checks_of_typed(typed: Typed, plain: Plain) -> list[Check]:
+    """The graph contract on the written file, and how much of it is in the precision that was asked for."""
     name, convs = typed.precision.name, [node for node in typed.graph.structure.graph.node if node.op_type == "Conv"]
     converted = [node for node in convs if typed.graph.weights[node.input[1]].dtype == np.dtype(typed.precision.dtype)]
     kept = "".join(f"; {node} kept in float32: {reason}" for node, reason in typed.kept.items())
-    found = [
+    detail = f"{len(converted)} of {len(convs)} convs{kept}"
+    return [
         checks.contract_check(name, typed.onnx, plain, typed.graph),
-        Check(
-            f"{name}, precision asked for", bool(converted), None, None, f"{len(converted)} of {len(convs)} convs{kept}"
-        ),
+        Check(f"{name}, precision asked for", bool(converted), None, None, detail),
     ]
-    if typed.precision.twin is not None:
-        twin = typed.precision.twin(typed.graph)
-        batches = checks.batches_of(reference.images)
-        found.append(checks.twin_check(typed.precision, reference.outputs, lambda: outputs_from_graph(twin, batches)))
-    return found
+
+
+def numeric_checks_of_typed(typed: Typed, reference: Reference) -> list[Check]:
+    """The typed graph's rounding and range, where ONNX Runtime does not show them by itself."""
+    if typed.precision.twin is None:
+        return []
+    twin = typed.precision.twin(typed.graph)
+    batches = checks.batches_of(reference.images)
+    return [checks.twin_check(typed.precision, reference.outputs, lambda: outputs_from_graph(twin, batches))]
 
 
 def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progress) -> tuple[EngineRecord, Audit]:
@@ -91,16 +95,17 @@ def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progres
     return record, audit
 
 
-def write_sidecar(typed: Typed, record: EngineRecord, subject: Subject, checkpoint_sha256: str) -> None:
-    """Writes ``<engine>.json`` beside the engine."""
+def write_sidecar(typed: Typed, record: EngineRecord, subject: Subject, checkpoint_sha256: str, stage: Staging) -> None:
+    """Writes ``<engine>.json`` beside the engine, and seals both."""
+    stage.seal(typed.engine)
     size, channels, classes = subject.request.size, subject.architecture.in_channels, subject.architecture.classes
     manifest = Manifest(
         name=typed.engine.name,
         precision=typed.precision.name,
         sha256={
             "checkpoint": checkpoint_sha256,
-            "onnx": sha256_of(typed.onnx),
-            "engine": sha256_of(typed.engine),
+            "onnx": stage.sha256(typed.onnx),
+            "engine": stage.sha256(typed.engine),
         },
         sdk={"name": record.sdk, "version": record.sdk_version},
         compute_capabilities=record.compute_capabilities,
@@ -113,4 +118,7 @@ def write_sidecar(typed: Typed, record: EngineRecord, subject: Subject, checkpoi
         audit=record.audit,
         golden=GOLDEN_NAME,
     )
-    write_whole(sidecar_path(typed.engine), manifest.to_json().encode())
+    path = sidecar_path(typed.engine)
+    with reported_write_errors(path):
+        path.write_text(manifest.to_json(), encoding="utf-8")
+    stage.seal(path)

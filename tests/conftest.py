@@ -1,4 +1,4 @@
-"""What many tests share: a small network, its checkpoint file, one finished export, and the command line in a process."""
+"""What many tests share: a small network, its checkpoint file, and the command line in this process or its own."""
 
 from __future__ import annotations
 

@@ -1,0 +1,74 @@
+"""The processes that help one run, started before torch is imported so that everybody's imports overlap."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from engines.build import CompilerProcess, Progress
+from engines.process import Process
+from engines.sdk import sdk_for_build
+from exporter.errors import VerificationFailed
+from exporter.request import Request
+
+if TYPE_CHECKING:
+    from exporter.report import Report
+
+
+class SimplifierProcess(Process):
+    """onnxsim, for one model; see ``exporter.simplifier``."""
+
+    def __init__(self) -> None:
+        super().__init__("exporter.simplifier")
+
+    def __enter__(self) -> SimplifierProcess:
+        return self
+
+    def submit(self, model: bytes) -> None:
+        """Hands over a serialized model and returns at once; ``result`` waits."""
+        self.send(model)
+        self.close_input()
+
+    def result(self) -> bytes:
+        """The simplified model, serialized.
+
+        Raises:
+            VerificationFailed: onnxsim failed, or says that its result differs from what it was given.
+        """
+        model = self.answers.read()
+        if not model:
+            raise VerificationFailed(f"onnxsim: it gave no answer ({self.last_words()})")
+        return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """``compilers`` has one for each precision that an engine is wanted in."""
+
+    simplifier: SimplifierProcess
+    compilers: Mapping[str, CompilerProcess]
+
+
+@contextlib.contextmanager
+def started(request: Request) -> Iterator[Processes]:
+    """Starts what ``request`` needs, and ends it all at the end, however that comes.
+
+    Raises:
+        UsageError, SdkMissing: no compiler here can do what is asked.
+    """
+    with contextlib.ExitStack() as stack:
+        compilers = {}
+        if request.trt:
+            sdk = sdk_for_build(request.sdk, request.gpu)
+            compilers = {precision: stack.enter_context(CompilerProcess(sdk)) for precision in request.trt}
+        yield Processes(stack.enter_context(SimplifierProcess()), compilers)
+
+
+def report_from_request(request: Request, notify: Callable[[str], None], progress: Progress) -> Report:
+    """Starts the processes, then imports and runs the pipeline; see ``exporter.pipeline.report_from_checkpoint``."""
+    with started(request) as processes:
+        from exporter.pipeline import report_from_checkpoint
+
+        return report_from_checkpoint(request, processes, notify, progress)
