@@ -3,7 +3,11 @@
 The claim, for each convolution of the graph: exactly one kernel of the plan covers its node; that kernel takes and
 holds numbers of the graph's dtype; the ReLU that follows is inside the same kernel; and the kernel's weights and bias,
 put back from the plan's memory layout into (out, in / groups, height, width), have the graph's very bits. A compiler
-may pad the input channels of a weight (it does so for the first convolution); the padding must then be zero.
+may pad the input channels of a weight (it does so for the first convolution) or either side of the matrix; the padding
+must then be zero. A 1x1 convolution of a few channels, such as SE has, may be compiled into generated code that reads
+each column of its weights, or each number, as a constant of its own; then every one must be there. A bias may have been
+moved into the kernel that comes next. Weights of one single number may become part of the code; they are reported as
+not readable, and as nothing else.
 """
 
 from __future__ import annotations
@@ -18,12 +22,15 @@ from numpy.typing import NDArray
 
 from engines.plan import (
     AUDITED_VERSIONS,
+    NUMPY_DTYPES,
     Constant,
     ConvolutionKernel,
     Plan,
     header_from_file,
     plan_from_file,
 )
+
+_NUMPY_NAMES = frozenset(NUMPY_DTYPES.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +45,11 @@ class ExpectedConvolution:
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedMatrix:
-    """A Gemm of the typed graph with ``weight`` (classes, channels), in its dtype."""
+    """A Gemm of the typed graph: ``weight`` (classes, channels) and ``bias`` (classes,) in its dtype."""
 
     node: str
     weight: NDArray[Any]
+    bias: NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Audit:
     weights_bit_equal: int
     expected_weights: int
     problems: tuple[str, ...]
+    unproven: tuple[str, ...]
+    """Weights that are single numbers, which the compiler may write into code, where they cannot be read."""
 
     @property
     def line(self) -> str:
@@ -78,7 +88,8 @@ class Audit:
             if self.weights_bit_equal == self.expected_weights
             else f"{self.weights_bit_equal} of {self.expected_weights} weights bit-equal"
         )
-        return f"{dtypes}, {fused}, {equal}"
+        unread = f" (not readable: {'; '.join(self.unproven)})" if self.unproven else ""
+        return f"{dtypes}, {fused}, {equal}{unread}"
 
 
 def _short(dtype: str) -> str:
@@ -109,89 +120,124 @@ def audit_of_file(
             weights_bit_equal=0,
             expected_weights=0,
             problems=(),
+            unproven=(),
         )
     return audit_of_plan(plan_from_file(path), convolutions, matrices)
 
 
 def audit_of_plan(plan: Plan, convolutions: Sequence[ExpectedConvolution], matrices: Sequence[ExpectedMatrix]) -> Audit:
     """Compares ``plan`` with what the typed graph holds; every difference is named in ``problems``."""
-    problems: list[str] = []
-    by_dtype: dict[str, int] = {}
-    with_relu = bit_equal = 0
-    for expected in convolutions:
-        kernels = [kernel for kernel in plan.convolutions if expected.node in kernel.onnx_nodes]
-        if len(kernels) != 1:
-            problems.append(f"{expected.node}: {len(kernels)} kernels of the engine compute it, not one")
-            continue
-        kernel = kernels[0]
-        by_dtype[kernel.weight_dtype] = by_dtype.get(kernel.weight_dtype, 0) + 1
-        problems += _dtype_problems(expected, kernel)
-        relu_inside = kernel.relu and expected.relu_node in kernel.onnx_nodes
-        with_relu += expected.relu_node is not None and relu_inside
-        equal_problems = _weight_problems(plan, expected, kernel)
-        bit_equal += not equal_problems
-        problems += equal_problems
-    for matrix in matrices:
-        found = any(_is_matrix(plan, constant, matrix.weight) for constant in plan.constants)
-        bit_equal += found
-        if not found:
-            problems.append(f"{matrix.node}: its matrix does not stand in the engine bit for bit")
+    findings = [_convolution_finding(plan, expected) for expected in convolutions]
+    dtypes = [finding.dtype for finding in findings if finding.dtype is not None]
+    with_relu = sum(finding.relu_inside for finding in findings)
+    findings += [_matrix_finding(plan, expected) for expected in matrices]
     return Audit(
         audited=True,
         reason=None,
         kernels=plan.kernels,
         convolutions=len(plan.convolutions),
         expected_convolutions=len(convolutions),
-        by_dtype=by_dtype,
+        by_dtype={dtype: dtypes.count(dtype) for dtype in sorted(set(dtypes))},
         with_relu=with_relu,
         expected_relus=sum(expected.relu_node is not None for expected in convolutions),
-        weights_bit_equal=bit_equal,
-        expected_weights=len(convolutions) + len(matrices),
-        problems=tuple(problems),
+        weights_bit_equal=sum(not finding.problems and not finding.unread for finding in findings),
+        expected_weights=len(findings),
+        problems=tuple(problem for finding in findings for problem in finding.problems),
+        unproven=tuple(unread for finding in findings for unread in finding.unread),
     )
 
 
-def _dtype_problems(expected: ExpectedConvolution, kernel: ConvolutionKernel) -> list[str]:
-    wanted = str(expected.weight.dtype)
-    if kernel.weight_dtype == wanted and kernel.input_dtype == wanted:
-        return []
-    return [f"{expected.node}: asked for {wanted}, compiled with {kernel.input_dtype} x {kernel.weight_dtype}"]
+@dataclasses.dataclass(frozen=True)
+class _Finding:
+    """About one node: the dtype it was compiled in, and what is wrong with it or cannot be read."""
+
+    dtype: str | None
+    relu_inside: bool
+    problems: tuple[str, ...]
+    unread: tuple[str, ...]
 
 
-def _weight_problems(plan: Plan, expected: ExpectedConvolution, kernel: ConvolutionKernel) -> list[str]:
+def _convolution_finding(plan: Plan, expected: ExpectedConvolution) -> _Finding:
+    kernels = [kernel for kernel in plan.convolutions if expected.node in kernel.onnx_nodes]
+    generated = [function for function in plan.functions if expected.node in function.onnx_nodes]
+    if len(kernels) == 1 and expected.weight.size > 1:
+        kernel = kernels[0]
+        problems, unread = _stand(plan, expected.node, bias=expected.bias)
+        relu_inside = kernel.relu and expected.relu_node in kernel.onnx_nodes
+        return _Finding(
+            kernel.weight_dtype, relu_inside, (*_kernel_problems(plan, expected, kernel), *problems), unread
+        )
+    if (generated or kernels) and len(kernels) < 2 and expected.weight.shape[2:] == (1, 1):
+        problems, unread = _stand(plan, expected.node, weights=expected.weight[:, :, 0, 0], bias=expected.bias)
+        relu_inside = any(expected.relu_node in function.onnx_nodes for function in generated)
+        return _Finding(str(expected.weight.dtype), relu_inside, problems, unread)
+    problem = f"{expected.node}: {len(kernels)} kernels of the engine compute it, not one"
+    return _Finding(dtype=None, relu_inside=False, problems=(problem,), unread=())
+
+
+def _matrix_finding(plan: Plan, expected: ExpectedMatrix) -> _Finding:
+    problems, unread = _stand(plan, expected.node, weights=expected.weight, bias=expected.bias)
+    return _Finding(dtype=None, relu_inside=False, problems=problems, unread=unread)
+
+
+def _kernel_problems(plan: Plan, expected: ExpectedConvolution, kernel: ConvolutionKernel) -> list[str]:
     problems = []
+    wanted = str(expected.weight.dtype)
+    if kernel.weight_dtype != wanted or kernel.input_dtype != wanted:
+        compiled = f"{kernel.input_dtype} x {kernel.weight_dtype}"
+        problems.append(f"{expected.node}: asked for {wanted}, compiled with {compiled}")
     if kernel.weight is None or not _is_weight(plan, kernel.weight, expected.weight):
         problems.append(f"{expected.node}: its weights do not stand in the engine bit for bit")
-    if kernel.bias is None or not _is_bias(plan, kernel.bias, expected.bias):
-        problems.append(f"{expected.node}: its bias does not stand in the engine bit for bit")
     return problems
 
 
 def _is_weight(plan: Plan, constant: Constant, weight: NDArray[Any]) -> bool:
-    out, channels = weight.shape[:2]
+    """The constant is (out, in / groups, height, width) with input channels, perhaps, padded by zeros."""
     if constant.dtype != str(weight.dtype) or len(constant.dims) != weight.ndim:
         return False
-    if constant.dims[0] != out or constant.dims[1] < channels or constant.dims[2:] != weight.shape[2:]:
-        return False
-    stored = plan.array(constant)
+    stored, channels = plan.array(constant), weight.shape[1]
     return _bits_equal(stored[:, :channels], weight) and not stored[:, channels:].any()
 
 
-def _is_bias(plan: Plan, constant: Constant, bias: NDArray[Any]) -> bool:
-    return constant.dtype == str(bias.dtype) and _bits_equal(plan.array(constant).reshape(-1), bias)
+def _stand(plan: Plan, node: str, **expected: NDArray[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Which of the ``expected`` matrices and vectors are not among the constants that the node's kernels read.
+
+    Returns:
+        Problems, and what is only unread: a single number may have become part of the code.
+    """
+    stored = [plan.array(constant) for constant in plan.constants_of(node) if constant.dtype in _NUMPY_NAMES]
+    problems, unread = [], []
+    for what, array in expected.items():
+        if _matrix_stands(stored, array) if array.ndim == 2 else _vector_stands(stored, array):
+            continue
+        if array.size == 1:
+            unread.append(f"{node}: its {what} of one number")
+        else:
+            problems.append(
+                f"{node}: its {what} do not stand in the engine bit for bit".replace("bias do", "bias does")
+            )
+    return tuple(problems), tuple(unread)
 
 
-def _is_matrix(plan: Plan, constant: Constant, weight: NDArray[Any]) -> bool:
-    """A Gemm's matrix is kept as it is or transposed, with leading dimensions of 1 or none."""
-    if constant.dtype != str(weight.dtype) or np.prod(constant.dims) != weight.size:
-        return False
-    stored = plan.array(constant)
-    stored = stored.reshape([extent for extent in constant.dims if extent > 1] or [1])
-    shape = [extent for extent in weight.shape if extent > 1] or [1]
-    flat = weight.reshape(shape)
-    return (stored.shape == flat.shape and _bits_equal(stored, flat)) or (
-        stored.shape == flat.T.shape and _bits_equal(stored, flat.T)
-    )
+def _vector_stands(stored: Sequence[NDArray[Any]], vector: NDArray[Any]) -> bool:
+    """Whether the vector is a constant, perhaps padded by zeros."""
+    flat = (array.reshape(-1) for array in stored)
+    return any(_bits_equal(array[: vector.size], vector) and not array[vector.size :].any() for array in flat)
+
+
+def _matrix_stands(stored: Sequence[NDArray[Any]], matrix: NDArray[Any]) -> bool:
+    """Whether (out, in) is one constant, perhaps transposed or padded by zeros; or one per column or per number."""
+    rows, columns = matrix.shape
+    for array in stored:
+        plane = array.reshape([extent for extent in array.shape if extent > 1] or [1, 1]) if array.ndim > 2 else array
+        for turned in (plane, plane.T) if plane.ndim == 2 else ():
+            padding = (turned[rows:], turned[:, columns:])
+            if _bits_equal(turned[:rows, :columns], matrix) and not any(part.any() for part in padding):
+                return True
+    vectors = list(matrix.T)
+    numbers = [number for vector in vectors for number in vector[:, None]]
+    flat = [array.reshape(-1) for array in stored if array.size <= rows]
+    return any(all(any(_bits_equal(array, part) for array in flat) for part in parts) for parts in (vectors, numbers))
 
 
 def _bits_equal(a: NDArray[Any], b: NDArray[Any]) -> bool:

@@ -35,6 +35,7 @@ CARDS = (75, 80, 86, 89, 120, 121)
 NEWER_CARDS_BIT = 6
 HEADER_BYTES = 64
 PAYLOAD_ALIGNMENT = 128
+OTHER_KERNELS = ("function", "runtime_fusion", "fully_connected")
 SDK_TAGS = {b"vtrt": "tensorrt_rtx", b"ftrt": "tensorrt"}
 NUMPY_DTYPES = {"half": "float16", "float": "float32", "int8": "int8", "int32": "int32", "int64": "int64"}
 
@@ -83,7 +84,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class ConvolutionKernel:
-    """One compiled convolution: the ONNX nodes in it, the dtypes that go in and out, and its two constants."""
+    """One compiled convolution: the ONNX nodes in it, the dtypes that go in and out, and the constants it reads."""
 
     onnx_nodes: tuple[str, ...]
     input_dtype: str
@@ -91,18 +92,39 @@ class ConvolutionKernel:
     output_dtype: str
     relu: bool
     weight: Constant | None
-    bias: Constant | None
+    constants: tuple[Constant, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionKernel:
+    """Any other kernel, with the ONNX nodes in it and the constants it reads.
+
+    Generated code may hold a small 1x1 convolution, and the bias of a convolution whose own kernel has none.
+    """
+
+    onnx_nodes: tuple[str, ...]
+    constants: tuple[Constant, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """An engine file's program and constants. ``kernels`` counts everything that is launched on the card."""
+    """An engine file's program and constants."""
 
     header: Header
-    kernels: int
     convolutions: tuple[ConvolutionKernel, ...]
+    functions: tuple[FunctionKernel, ...]
     constants: tuple[Constant, ...]
     data: Any
+
+    @property
+    def kernels(self) -> int:
+        """How many kernels are launched on the card for one inference."""
+        return len(self.convolutions) + len(self.functions)
+
+    def constants_of(self, node: str) -> list[Constant]:
+        """Every constant that a kernel with the ONNX node in it reads."""
+        kernels: list[ConvolutionKernel | FunctionKernel] = [*self.convolutions, *self.functions]
+        return [constant for kernel in kernels if node in kernel.onnx_nodes for constant in kernel.constants]
 
     def array(self, constant: Constant) -> NDArray[Any]:
         """The constant's value with its ``dims``, a view of the file where the layout allows."""
@@ -180,17 +202,17 @@ def _plan_from_chunks(data: Any, header: Header) -> Plan:
         raise ValueError("it holds no program")
     main, *fusions = (_Program(text) for text in texts)
     constants = _constants(main, weights_start, weights_end)
-    convolutions = []
-    kernels = 0
+    convolutions, functions = [], []
     for kind, fields in main.operations:
-        kernels += kind in ("corrltn", "fully_connected", "runtime_fusion", "function")
         if kind == "corrltn":
             convolutions.append(_convolution(main, fields, fields, constants))
         elif kind == "runtime_fusion" and fields.get("backbone") == "conv":
             program = _fusion_of(fusions, _onnx_nodes(fields))
             inner = next(inner for inner_kind, inner in program.operations if inner_kind == "corrltn")
             convolutions.append(_convolution(program, fields, inner, constants))
-    return Plan(header, kernels, tuple(convolutions), tuple(constants.values()), data)
+        elif kind in OTHER_KERNELS:
+            functions.append(FunctionKernel(_onnx_nodes(fields), _constants_read(fields, constants)))
+    return Plan(header, tuple(convolutions), tuple(functions), tuple(constants.values()), data)
 
 
 def _chunk(data: Any, index: int, tag: bytes) -> tuple[int, int]:
@@ -288,11 +310,6 @@ def _convolution(
     """A kernel from its launch in the main program and the ``corrltn`` inside (the same, where nothing is fused)."""
     fused = launch is not fields
     inputs = _names(fields["input"])
-    everything = [name for _, operation in program.operations for name in _names(operation.get("input", ""))]
-    weight = constants.get(inputs[1])
-    biases = (constants[name] for name in (everything if fused else inputs[2:]) if name in constants)
-    channels = weight.dims[0] if weight is not None else None
-    bias = next((c for c in biases if len(c.dims) > 1 and c is not weight and np.prod(c.dims) == channels), None)
     output = _names(program.operations[-1][1]["output"] if fused else fields["output"])[0]
     return ConvolutionKernel(
         onnx_nodes=_onnx_nodes(launch),
@@ -300,6 +317,11 @@ def _convolution(
         weight_dtype=program.dtype(inputs[1]),
         output_dtype=program.dtype(output),
         relu=fields.get("relu") == "true" or (fused and any(kind == "relu" for kind, _ in program.operations)),
-        weight=weight,
-        bias=bias,
+        weight=constants.get(inputs[1]),
+        constants=_constants_read(launch, constants),
     )
+
+
+def _constants_read(launch: Mapping[str, str], constants: Mapping[str, Constant]) -> tuple[Constant, ...]:
+    names = _names(launch.get("input_args") or launch.get("input") or "")
+    return tuple(constants[name] for name in names if name in constants)

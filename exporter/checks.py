@@ -90,7 +90,11 @@ def expected_convolutions(graph: Graph) -> tuple[list[ExpectedConvolution], list
         for node in nodes
         if node.op_type == "Conv"
     ]
-    matrices = [ExpectedMatrix(node.name, graph.weights[node.input[1]]) for node in nodes if node.op_type == "Gemm"]
+    matrices = [
+        ExpectedMatrix(node.name, graph.weights[node.input[1]], graph.weights[node.input[2]])
+        for node in nodes
+        if node.op_type == "Gemm"
+    ]
     return convolutions, matrices
 
 
