@@ -35,6 +35,7 @@ CARDS = (75, 80, 86, 89, 120, 121)
 NEWER_CARDS_BIT = 6
 HEADER_BYTES = 64
 PAYLOAD_ALIGNMENT = 128
+LITERALS = "_literal"  # ends the name of a region whose single numbers stand among the other constants
 OTHER_KERNELS = ("function", "runtime_fusion", "fully_connected")
 SDK_TAGS = {b"vtrt": "tensorrt_rtx", b"ftrt": "tensorrt"}
 NUMPY_DTYPES = {"half": "float16", "float": "float32", "int8": "int8", "int32": "int32", "int64": "int64"}
@@ -229,7 +230,8 @@ class _Program:
     def __init__(self, text: str) -> None:
         header, _, rest = text.partition("\ndescriptors {")
         descriptors, _, body = rest.partition("\nmain {")
-        self.constant_regions = frozenset(_REGION.findall(header))
+        regions = _REGION.findall(header)
+        self.constant_regions = frozenset(name + suffix for name in regions for suffix in ("", LITERALS))
         self.descriptors = {}
         for _, block in _OPERATION.findall(descriptors):
             fields = _fields(block)
