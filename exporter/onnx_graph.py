@@ -20,6 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from engines.errors import first_line
 from engines.files import reported_write_errors
 from exporter.architecture import Architecture, Block
 from exporter.errors import VerificationFailed
@@ -83,7 +84,7 @@ def checked(graph: Graph) -> Graph:
     try:
         onnx.checker.check_model(graph.structure, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise VerificationFailed(f"onnx checker: {error}") from error
+        raise VerificationFailed(f"onnx checker: {first_line(error)}") from error
     return graph
 
 

@@ -42,7 +42,7 @@ class Lineage:
         block: names of the others, with ``{stage}`` (counted from ``first_stage``) and ``{index}``.
         first_stage: the number that the family gives to the first stage after the stem.
         head: name of the classifier.
-        modules: (theirs, ours) inside a block, longest first where one begins with another.
+        modules: (theirs, ours) inside a block.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Lineage:
         position, index, inner = canonical.split(".", 2)
         stage = int(position.removeprefix("stage"))
         prefix = self.stem if stage == 0 else self.block.format(stage=stage - 1 + self.first_stage, index=index)
-        theirs, ours = next((t, o) for t, o in self.modules if inner == o or inner.startswith(o + "."))
+        theirs, ours = max((pair for pair in self.modules if inner.startswith(pair[1] + ".")), key=lambda p: len(p[1]))
         return f"{prefix}.{theirs}{inner.removeprefix(ours)}"
 
     def recognised(self, names: Iterable[str]) -> int:
