@@ -168,8 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
         return _failed("interrupted; nothing was written", INTERRUPTED_EXIT_CODE, debug=debug)
-    except ModuleNotFoundError as error:
-        return _failed(f"{error.name} is not installed; pip install 'repvgg-exporter[export,ort]'", 4, debug=debug)
     except MemoryError as error:
         return _failed(f"out of memory ({first_line(error)}); choose a smaller --size", 3, debug=debug)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from engines.build import CompilerProcess, Progress
 from engines.process import Process
 from engines.sdk import sdk_for_build
-from exporter.errors import VerificationFailed
+from exporter.errors import SdkMissing, VerificationFailed
 from exporter.request import Request
 
 if TYPE_CHECKING:
     from exporter.report import Report
+
+PACKAGES = ("torch", "onnx", "onnxsim", "onnxruntime", "safetensors")
 
 
 class SimplifierProcess(Process):
@@ -56,8 +59,12 @@ def started(request: Request) -> Iterator[Processes]:
     """Starts what ``request`` needs, and ends it all at the end, however that comes.
 
     Raises:
-        UsageError, SdkMissing: no compiler here can do what is asked.
+        SdkMissing: a package is not installed, or no compiler here can do what is asked.
+        UsageError: the cards asked for must not share an engine.
     """
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise SdkMissing(f"{', '.join(missing)}: not installed; pip install 'repvgg-exporter[export,ort]'")
     with contextlib.ExitStack() as stack:
         compilers = {}
         if request.trt:

@@ -7,6 +7,7 @@ import json
 import onnx
 import pytest
 
+from exporter import processes
 from exporter.request import PRECISION_NAMES
 from exporter.version import VERSION
 from tests.conftest import EXAMPLES, run_process
@@ -120,3 +121,11 @@ def test_several_precisions_in_one_run(flag, command, tmp_path):
     assert lines == [
         f"11 of 11 convs in {name}, Conv+ReLU in one kernel each, all 12 weights bit-equal" for name in ("FP32", "FP16")
     ]
+
+
+def test_a_missing_package_is_named_with_the_line_that_installs_it(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "PACKAGES", ("torch", "no_such_package"))
+    outcome = command(FASHION, "--size", 28)
+    assert outcome.code == 4
+    assert outcome.error == "no_such_package: not installed; pip install 'repvgg-exporter[export,ort]'"
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Published networks at full size, from the command line to an audited engine: A0, B1g4 and B3, 224 px, 1000 classes."""
+"""Published networks at full size, from the command line to an audited engine: A0, B1g4, B3; 224 px, 1000 classes."""
 
 from __future__ import annotations
 
