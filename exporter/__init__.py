@@ -66,8 +66,8 @@ def export(
         ReportedError: the other kinds in ``exporter.errors``; nothing is left behind.
     """
     from exporter.errors import VerificationFailed
-    from exporter.processes import report_from_request
     from exporter.request import Request
+    from exporter.run import report_from_request
 
     checkpoint = pathlib.Path(path)
     request = Request(

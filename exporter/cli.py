@@ -132,7 +132,7 @@ def _progress(*, shown: bool) -> Iterator[Progress]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from exporter.processes import report_from_request
+    from exporter.run import report_from_request
 
     request = _request(arguments)
     talkative = not (arguments.quiet or arguments.json)

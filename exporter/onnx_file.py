@@ -1,27 +1,122 @@
-"""Reads an ONNX file back as a ``Graph``: its structure parsed, its weights left where they are, mapped.
+"""ONNX files from and to a ``Graph``, without a second copy of the weights on either way.
 
 A file is a ModelProto: a list of fields, each a tag (number and wire type) and a value. The graph is its field 7, a
-weight is a field 5 of the graph, and a weight's bytes are the field 9 of that. Only this much is walked by hand, so
-that half a gigabyte of weights is neither copied nor parsed; all the rest is given to protobuf.
+weight is a field 5 of the graph, and a weight's bytes are the field 9 of that. Only this much is done by hand, so that
+half a gigabyte of weights is written one at a time, and read by mapping the file; all the rest is protobuf's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import pathlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from engines.files import reported_write_errors
 from exporter.errors import InputRejected, first_line
-from exporter.onnx_graph import Graph
+from exporter.onnx_graph import Graph, without_declarations
 
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
+ONE_FILE_LIMIT = 2**31 - 1
+EXTERNAL_ALIGNMENT = 4096
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+def write_onnx(graph: Graph, path: pathlib.Path, limit: int = ONE_FILE_LIMIT) -> list[pathlib.Path]:
+    """Writes the model to ``path``: one file up to ``limit`` bytes, else with its weights in ``<path>.data``.
+
+    Weights go to the disk one at a time, so that the peak memory is that of the largest one.
+
+    Returns:
+        The files written.
+
+    Raises:
+        OutputFailed: a file cannot be written.
+    """
+    total = sum(array.nbytes for array in graph.weights.values()) + graph.structure.ByteSize()
+    with reported_write_errors(path):
+        if total + 64 * len(graph.weights) > limit:
+            return _write_with_external_data(graph, path)
+        with open(path, "wb") as file:
+            _write_model(graph, file, list(_tensor_protos(graph.weights)))
+        return [path]
+
+
+def _write_model(graph: Graph, file: BinaryIO, tensors: list[_LazyTensor]) -> None:
+    """Writes ModelProto's bytes by hand around the weights."""
+    model = without_declarations(graph)
+    inner = model.graph.SerializeToString()
+    model.ClearField("graph")
+    size = len(inner) + sum(len(_field(GRAPH_INITIALIZER, tensor.size)) + tensor.size for tensor in tensors)
+    file.write(model.SerializeToString())
+    file.write(_field(MODEL_GRAPH, size))
+    file.write(inner)
+    for tensor in tensors:
+        file.write(_field(GRAPH_INITIALIZER, tensor.size))
+        tensor.write(file)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LazyTensor:
+    """A TensorProto: its fields but for raw_data, and the array that raw_data is."""
+
+    head: bytes
+    array: NDArray[Any] | None
+
+    @property
+    def size(self) -> int:
+        if self.array is None:
+            return len(self.head)
+        return len(self.head) + len(_field(TENSOR_RAW_DATA, self.array.nbytes)) + self.array.nbytes
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(self.head)
+        if self.array is not None:
+            file.write(_field(TENSOR_RAW_DATA, self.array.nbytes))
+            file.write(np.ascontiguousarray(self.array).data)
+
+
+def _tensor_protos(weights: Mapping[str, NDArray[Any]]) -> Iterator[_LazyTensor]:
+    for name, array in weights.items():
+        yield _LazyTensor(_tensor_head(name, array).SerializeToString(), array)
+
+
+def _tensor_head(name: str, array: NDArray[Any]) -> TensorProto:
+    return TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+
+
+def _field(number: int, size: int) -> bytes:
+    """Tag and length of a length-delimited protobuf field."""
+    encoded, value = bytearray([number << 3 | _LENGTH]), size
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _write_with_external_data(graph: Graph, path: pathlib.Path) -> list[pathlib.Path]:
+    data_path = path.with_name(path.name + ".data")
+    tensors = []
+    with open(data_path, "wb") as data:
+        for name, array in graph.weights.items():
+            data.write(bytes(-data.tell() % EXTERNAL_ALIGNMENT))
+            head = _tensor_head(name, array)
+            head.data_location = TensorProto.EXTERNAL
+            where = {"location": data_path.name, "offset": str(data.tell()), "length": str(array.nbytes)}
+            for key, value in where.items():
+                head.external_data.add(key=key, value=value)
+            data.write(np.ascontiguousarray(array).data)
+            tensors.append(_LazyTensor(head.SerializeToString(), None))
+    with open(path, "wb") as file:
+        _write_model(graph, file, tensors)
+    return [path, data_path]
 
 
 def graph_from_file(path: pathlib.Path) -> Graph:

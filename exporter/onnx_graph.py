@@ -11,9 +11,8 @@ and the weights ``stage1.0.weight`` and ``stage1.0.bias``; an engine's audit fin
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import first_line
-from engines.files import reported_write_errors
 from exporter.architecture import Architecture, Block
 from exporter.errors import VerificationFailed
 from exporter.plain import Plain
@@ -29,8 +27,6 @@ from exporter.plain import Plain
 OPSET = 17
 IR_VERSION = 8
 INPUT, OUTPUT, BATCH = "input", "output", "N"
-ONE_FILE_LIMIT = 2**31 - 1
-EXTERNAL_ALIGNMENT = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,97 +89,6 @@ def with_initializers(graph: Graph) -> onnx.ModelProto:
     model = without_declarations(graph)
     model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in graph.weights.items())
     return model
-
-
-def write_onnx(graph: Graph, path: pathlib.Path, limit: int = ONE_FILE_LIMIT) -> list[pathlib.Path]:
-    """Writes the model to ``path``: one file up to ``limit`` bytes, else with its weights in ``<path>.data``.
-
-    Weights go to the disk one at a time, so that the peak memory is that of the largest one.
-
-    Returns:
-        The files written.
-
-    Raises:
-        OutputFailed: a file cannot be written.
-    """
-    total = sum(array.nbytes for array in graph.weights.values()) + graph.structure.ByteSize()
-    with reported_write_errors(path):
-        if total + 64 * len(graph.weights) > limit:
-            return _write_with_external_data(graph, path)
-        with open(path, "wb") as file:
-            _write_model(graph, file, list(_tensor_protos(graph.weights)))
-        return [path]
-
-
-def _write_model(graph: Graph, file: BinaryIO, tensors: list[_LazyTensor]) -> None:
-    """Writes ModelProto's bytes by hand around the weights; field numbers are those of onnx.proto."""
-    model = without_declarations(graph)
-    inner = model.graph.SerializeToString()
-    model.ClearField("graph")
-    size = len(inner) + sum(len(_field(5, tensor.size)) + tensor.size for tensor in tensors)  # GraphProto.initializer
-    file.write(model.SerializeToString())
-    file.write(_field(7, size))  # ModelProto.graph
-    file.write(inner)
-    for tensor in tensors:
-        file.write(_field(5, tensor.size))
-        tensor.write(file)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LazyTensor:
-    """A TensorProto: its fields but for raw_data, and the array that raw_data is."""
-
-    head: bytes
-    array: NDArray[Any] | None
-
-    @property
-    def size(self) -> int:
-        if self.array is None:
-            return len(self.head)
-        return len(self.head) + len(_field(9, self.array.nbytes)) + self.array.nbytes  # TensorProto.raw_data
-
-    def write(self, file: BinaryIO) -> None:
-        file.write(self.head)
-        if self.array is not None:
-            file.write(_field(9, self.array.nbytes))
-            file.write(np.ascontiguousarray(self.array).data)
-
-
-def _tensor_protos(weights: Mapping[str, NDArray[Any]]) -> Iterator[_LazyTensor]:
-    for name, array in weights.items():
-        yield _LazyTensor(_tensor_head(name, array).SerializeToString(), array)
-
-
-def _tensor_head(name: str, array: NDArray[Any]) -> TensorProto:
-    return TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-
-
-def _field(number: int, size: int) -> bytes:
-    """Tag and length of a length-delimited protobuf field."""
-    encoded, value = bytearray([number << 3 | 2]), size
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-def _write_with_external_data(graph: Graph, path: pathlib.Path) -> list[pathlib.Path]:
-    data_path = path.with_name(path.name + ".data")
-    tensors = []
-    with open(data_path, "wb") as data:
-        for name, array in graph.weights.items():
-            data.write(bytes(-data.tell() % EXTERNAL_ALIGNMENT))
-            head = _tensor_head(name, array)
-            head.data_location = TensorProto.EXTERNAL
-            where = {"location": data_path.name, "offset": str(data.tell()), "length": str(array.nbytes)}
-            for key, value in where.items():
-                head.external_data.add(key=key, value=value)
-            data.write(np.ascontiguousarray(array).data)
-            tensors.append(_LazyTensor(head.SerializeToString(), None))
-    with open(path, "wb") as file:
-        _write_model(graph, file, tensors)
-    return [path, data_path]
 
 
 def without_declarations(graph: Graph) -> onnx.ModelProto:

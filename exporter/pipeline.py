@@ -34,7 +34,8 @@ from exporter.description import Subject
 from exporter.images import images_from_npz, noise_images, normalisation
 from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.model import logits
-from exporter.onnx_graph import onnx_from_plain, structure_from_architecture, write_onnx
+from exporter.onnx_file import write_onnx
+from exporter.onnx_graph import onnx_from_plain, structure_from_architecture
 from exporter.onnxruntime_cpu import outputs_from_file, outputs_from_graph
 from exporter.plain import Plain, plain_from_repvgg, relative_error
 from exporter.precisions import PRECISIONS
@@ -93,14 +94,13 @@ def report_from_checkpoint(request: Request, processes: Processes, notify: Notif
             path = stage.path(f"{request.path.stem}.{precision.name}.onnx")
             typed.append(typed_from_graph(precision, graph, reference, metadata(precision.name), path))
             submit(typed[-1], processes.compilers[precision.name], request)
+            stage.seal(*typed[-1].files)
             found.add(contract_checks_of_typed(typed[-1], plain))
-            stage.seal(path)
         run_float32 = functools.partial(outputs_from_graph, graph)
         if request.onnx:
             path = stage.path(f"{request.path.stem}.onnx")
-            write_onnx(graph, path)
+            stage.seal(*write_onnx(graph, path))
             found.add([checks.contract_check("fp32", path, plain, graph)])
-            stage.seal(path)
             run_float32 = functools.partial(outputs_from_file, path)
         del graph
         plain.tensors.clear()  # the files hold the weights from here on

@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
 
-from engines.build import CompilerProcess, Progress
+from engines.build import CompilerProcess
 from engines.process import Process
 from engines.sdk import sdk_for_build
 from exporter.errors import SdkMissing, VerificationFailed
 from exporter.request import Request
-
-if TYPE_CHECKING:
-    from exporter.report import Report
 
 PACKAGES = ("torch", "onnx", "onnxsim", "onnxruntime", "safetensors")
 
@@ -71,11 +67,3 @@ def started(request: Request) -> Iterator[Processes]:
             sdk = sdk_for_build(request.sdk, request.gpu)
             compilers = {precision: stack.enter_context(CompilerProcess(sdk)) for precision in request.trt}
         yield Processes(stack.enter_context(SimplifierProcess()), compilers)
-
-
-def report_from_request(request: Request, notify: Callable[[str], None], progress: Progress) -> Report:
-    """Starts the processes, then imports and runs the pipeline; see ``exporter.pipeline.report_from_checkpoint``."""
-    with started(request) as processes:
-        from exporter.pipeline import report_from_checkpoint
-
-        return report_from_checkpoint(request, processes, notify, progress)

@@ -34,9 +34,10 @@ class Staging:
         """Where to write the file that will be ``out / name``."""
         return self._folder / name
 
-    def seal(self, path: pathlib.Path) -> None:
-        """Says that a file is written and will not change."""
-        self._sealed[path.name] = self._pool.submit(_synced_sha256, path)
+    def seal(self, *paths: pathlib.Path) -> None:
+        """Says that files are written and will not change."""
+        for path in paths:
+            self._sealed[path.name] = self._pool.submit(_synced_sha256, path)
 
     def sha256(self, path: pathlib.Path) -> str:
         """The hexadecimal SHA-256 of a sealed file."""

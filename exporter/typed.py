@@ -16,8 +16,8 @@ from engines.manifest import Manifest, sidecar_path
 from engines.plan import header_from_file
 from exporter import checks
 from exporter.description import Subject
-from exporter.onnx_file import graph_from_file
-from exporter.onnx_graph import BATCH, INPUT, OUTPUT, Graph, with_metadata, write_onnx
+from exporter.onnx_file import graph_from_file, write_onnx
+from exporter.onnx_graph import BATCH, INPUT, OUTPUT, Graph, with_metadata
 from exporter.onnxruntime_cpu import outputs_from_graph
 from exporter.plain import Plain
 from exporter.precisions import Precision
@@ -29,11 +29,12 @@ from exporter.staging import Staging
 
 @dataclasses.dataclass(frozen=True)
 class Typed:
-    """A typed graph and where its ONNX file and its engine are or will be."""
+    """A typed graph and where its ONNX file and its engine are or will be; ``files`` has external weights, too."""
 
     precision: Precision
     graph: Graph
     kept: dict[str, str]
+    files: tuple[pathlib.Path, ...]
     onnx: pathlib.Path
     engine: pathlib.Path
 
@@ -43,8 +44,8 @@ def typed_from_graph(
 ) -> Typed:
     """Rewrites the float32 ``graph`` to ``precision`` and writes it to ``onnx``; from then on the file is the graph."""
     rewritten = precision.rewrite(graph, reference.peaks)
-    write_onnx(with_metadata(rewritten.graph, metadata), onnx)
-    return Typed(precision, graph_from_file(onnx), rewritten.kept, onnx, onnx.with_suffix(".engine"))
+    files = tuple(write_onnx(with_metadata(rewritten.graph, metadata), onnx))
+    return Typed(precision, graph_from_file(onnx), rewritten.kept, files, onnx, onnx.with_suffix(".engine"))
 
 
 def submit(typed: Typed, compiler: CompilerProcess, request: Request) -> None:

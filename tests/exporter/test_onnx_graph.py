@@ -18,14 +18,13 @@ from exporter.architecture import architecture_from_tensors
 from exporter.contract import contract_problems, expected_counts, operation_counts
 from exporter.errors import InputRejected
 from exporter.lineages import LINEAGES, canonical_from_raw
-from exporter.onnx_file import graph_from_file
+from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import (
     Graph,
     onnx_from_plain,
     structure_from_architecture,
     weights_from_plain,
     with_initializers,
-    write_onnx,
 )
 from exporter.plain import plain_from_repvgg
 from tests.networks import NaiveRepVGG, Shape
