@@ -210,6 +210,10 @@ def _stand(plan: Plan, node: str, **expected: NDArray[Any]) -> tuple[tuple[str, 
     for what, array in expected.items():
         if _matrix_stands(stored, array) if array.ndim == 2 else _vector_stands(stored, array):
             continue
+        if array.ndim == 2 and _columns_stand(stored, array):
+            if array.shape[1] > 1:
+                unread.append(f"{node}: the order of its columns")
+            continue
         if array.size == 1:
             unread.append(f"{node}: its {what} of one number")
         else:
@@ -226,14 +230,20 @@ def _vector_stands(stored: Sequence[NDArray[Any]], vector: NDArray[Any]) -> bool
 
 
 def _matrix_stands(stored: Sequence[NDArray[Any]], matrix: NDArray[Any]) -> bool:
-    """Whether (out, in) is one constant, perhaps transposed or padded by zeros; or one per column or per number."""
+    """Whether (out, in) is one constant, which is stored as (in, out), perhaps padded by zeros."""
     rows, columns = matrix.shape
     for array in stored:
         plane = array.reshape([extent for extent in array.shape if extent > 1] or [1, 1]) if array.ndim > 2 else array
-        for turned in (plane, plane.T) if plane.ndim == 2 else ():
+        for turned in (plane.T,) if plane.ndim == 2 else ():
             padding = (turned[rows:], turned[:, columns:])
             if _bits_equal(turned[:rows, :columns], matrix) and not any(part.any() for part in padding):
                 return True
+    return False
+
+
+def _columns_stand(stored: Sequence[NDArray[Any]], matrix: NDArray[Any]) -> bool:
+    """Whether each column of (out, in), or each number, is a constant; which of them is which cannot be read."""
+    rows = matrix.shape[0]
     vectors = list(matrix.T)
     numbers = [number for vector in vectors for number in vector[:, None]]
     flat = [array.reshape(-1) for array in stored if array.size <= rows]

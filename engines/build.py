@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 from engines.compiler import Request
 from engines.errors import CompilerRefused, InputRejected, OutputFailed, ReportedError, SdkMissing, first_line
+from engines.files import reported_write_errors
 from engines.process import Process
 from engines.sdk import Sdk, sdk_for_build
 
@@ -19,6 +21,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the phase's name, the steps done and the steps there are."""
 
 HINTS = (
+    ("MIN<=OPT<=MAX", "give --batch as MIN:OPT:MAX in this order"),
     ("FP32 GEMM is not supported", "Turing (sm75) takes fp16 only: use --trt fp16, or leave sm75 out of --gpu"),
     ("workspace", "the compiler found no kernel within its memory limit: free memory, or export a smaller --batch"),
     ("cudaError 35", "the compiler asked for a GPU driver and found none: build for named cards with --gpu"),
@@ -122,7 +125,11 @@ def build(
         with CompilerProcess(chosen) as process:
             process.submit(Request(str(source), str(partial), batch, tuple(gpu)))
             made = process.result(progress)
-        partial.replace(target)
+        with reported_write_errors(target):
+            partial.replace(target)
+    except OutputFailed as error:
+        raise OutputFailed(str(error).replace(str(partial), str(target))) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return dataclasses.replace(made, engine=target)

@@ -56,11 +56,11 @@ def engine_from_onnx(trt: Any, request: Request, emit: Emit) -> Any:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(request.onnx):
-        raise Refusal("; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)))
+        raise Refusal("; ".join(str(parser.get_error(index)) for index in range(parser.num_errors)))
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, emit)
     _set_profile(builder, network, config, request.batch)
-    if request.cards:
+    if request.cards and hasattr(trt, "ComputeCapability"):  # full TensorRT builds for the card it runs on
         config.num_compute_capabilities = len(request.cards)
         for index, card in enumerate(request.cards):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{card}"), index)

@@ -17,9 +17,12 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class ReportedError(Exception):
-    """An error whose message is one complete line for the user."""
+    """An error whose message is one complete line for the user, whatever was put into it."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
 
 
 class VerificationFailed(ReportedError):

@@ -66,9 +66,9 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
         scale, noise = float(np.abs(r).max()), float((error**2).sum())
         worst = float(error.max())
         relative = worst / scale if scale > 0 else (0.0 if worst == 0 else math.inf)
-        sqnr = math.inf if noise == 0 else 10 * math.log10(max(float((r**2).sum()), 1e-300) / noise)
+        sqnr = math.inf if noise == 0 else 10 * math.log10(max(float((r**2).sum()) / noise, 1e-300))
+        decided = margins(r) > error.max(axis=1)
     same = y.argmax(axis=1) == r.argmax(axis=1)
-    decided = margins(r) > error.max(axis=1)
     return Comparison(
         relative_error=relative,
         max_abs_error=worst,

@@ -44,11 +44,11 @@ _PROGRAM = re.compile(rb"header \{\n[^\x00]*")
 _BRACES = r'\{(?:[^{}"]|"[^"]*")*\}'
 for _ in range(3):  # a block holds lists, and a function's condition holds lists of its own
     _BRACES = rf'\{{(?:[^{{}}"]|"[^"]*"|{_BRACES})*\}}'
-_FIELD = re.compile(rf'(\w+)\s*=\s*("[^"]*"|{_BRACES}|[^\s{{}}"]+)')
+_FIELD = re.compile(rf'\b(\w+)\s*=\s*("[^"]*"|{_BRACES}|[^\s{{}}"]+)')
 _OPERATION = re.compile(rf"^  (\w+)=({_BRACES})", re.MULTILINE)
 _REGION = re.compile(r"^  region = \{ name=(\S+) .*constant=true", re.MULTILINE)
 _QUOTED = re.compile(r'"([^"]*)"')
-_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]\[]*)\]")
 
 
 class PlanRejected(InputRejected):
@@ -174,6 +174,8 @@ def header_from_bytes(data: Any, where: str) -> Header:
     if sdk == "tensorrt":
         return Header(sdk, version, len(data), (), newer_cards=False)
     (size,), (mask,) = struct.unpack_from("<Q", data, 16), struct.unpack_from("<I", data, 32)
+    if struct.unpack_from("<Q", data, 8) != (2,) or bytes(data[28:32]) != bytes(data[:4]):
+        raise PlanRejected(f"{where}: not audited: its header is of another format; build it again")
     if size != len(data):
         raise PlanRejected(f"{where}: the header says {size} bytes, the file has {len(data)}; build it again")
     cards = tuple(card for bit, card in enumerate(CARDS) if mask >> bit & 1)

@@ -120,7 +120,8 @@ def materialised(value: AffineConvolution) -> Convolution:
     shape = (len(value.bias), value.in_channels // groups, *size)
     weight: Tensor | None = None
     for term in sorted(value.terms, key=lambda term: -term.kernel.numel()):
-        scaled = _regrouped(term.kernel * term.scale[:, None, None, None], term.groups, groups)
+        kernel = term.kernel if term.kernel.element_size() > 1 else term.kernel.double()  # float8 promotes to nothing
+        scaled = _regrouped(kernel * term.scale[:, None, None, None], term.groups, groups)
         if weight is None:
             weight = scaled if scaled.shape == shape else scaled.new_zeros(shape)
         if weight is not scaled:

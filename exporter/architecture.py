@@ -279,6 +279,8 @@ class _Shapes:
             if self._shape(tensor) != expected:
                 self._reject(tensor, f"expected {expected}, from {self.lineage.foreign(kernel)} {shape}")
         se = self.tensors.get(f"{name}.se.reduce.weight")
+        if se is not None and se.shape[0] == 0:
+            self._reject(f"{name}.se.reduce.weight", "it has no channels")
         return Block(name, channels, out, 0, channels // inner, branches, None if se is None else se.shape[0])
 
     def classes(self, channels: int) -> int:

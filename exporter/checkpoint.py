@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -91,12 +92,14 @@ def _head(path: pathlib.Path) -> bytes:
     if path.is_dir():
         raise CheckpointRejected(f"{path}: a directory, not a checkpoint; name the file in it")
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointRejected(f"{path}: not a regular file; copy the checkpoint into one")
         with open(path, "rb") as file:
             head = file.read(16)
     except FileNotFoundError:
         raise CheckpointRejected(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise CheckpointRejected(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointRejected(f"{path}: cannot be read ({first_line(error)}); check the path") from error
     if not head:
         raise CheckpointRejected(f"{path}: an empty file; copy the checkpoint again")
     return head
@@ -117,7 +120,12 @@ def _refuse_torchscript(path: pathlib.Path) -> None:
 
 def _from_torch(path: pathlib.Path, *, mmap: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old formats, which are either read or refused
+            if path.suffix == ".safetensors":  # torch.load believes the ending; a file object has none
+                with open(path, "rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = _REFUSED_GLOBAL.search(str(error))
         if found is None:
@@ -175,14 +183,19 @@ def _without_prefixes(state: Mapping[str, Any], path: pathlib.Path) -> dict[str,
             raise CheckpointRejected(
                 f"{path}: two tensors are called {name} once prefixes are gone; remove one of them"
             )
-        tensors[name] = value
+        tensors[name] = value.detach()
     return tensors
 
 
 def _check_values(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
     """Every weight is a finite floating-point number; counters (integers of one element) are let through."""
+    strange = [name for name, t in tensors.items() if t.layout != torch.strided or t.is_quantized or t.is_meta]
+    if strange:
+        raise CheckpointRejected(
+            f"{path}: {listed(strange)}: sparse, quantized or without values; export plain tensors"
+        )
     counters = [name for name, tensor in tensors.items() if not tensor.is_floating_point() and tensor.numel() == 1]
-    wrong = [name for name, t in tensors.items() if name not in counters and (not t.is_floating_point() or t.is_sparse)]
+    wrong = [name for name, t in tensors.items() if name not in counters and not t.is_floating_point()]
     if wrong:
         dtype = str(tensors[wrong[0]].dtype).removeprefix("torch.")
         raise CheckpointRejected(
@@ -193,7 +206,7 @@ def _check_values(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
         raise CheckpointRejected(
             f"{path}: {listed(bad)}: NaN or infinite; the training run diverged or the file is damaged"
         )
-    negative = [name for name, t in tensors.items() if name.endswith("running_var") and t.numel() and t.min() < 0]
+    negative = [name for name, t in tensors.items() if name.endswith("running_var") and (t.float() < 0).any()]
     if negative:
         raise CheckpointRejected(f"{path}: {listed(negative)}: a negative variance; the file is damaged, copy it again")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import pathlib
 import signal
@@ -161,14 +162,25 @@ def _interrupted(_number: int, _frame: object) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; every expected error is one line on stderr."""
     signal.signal(signal.SIGTERM, _interrupted)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show is no reason to fail
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        return _run(_parser().parse_args(argv))
+        code = _run(_parser().parse_args(argv))
+        sys.stdout.flush()
+        return code
     except ReportedError as error:
         return _failed(str(error), error.exit_code, debug=debug)
     except KeyboardInterrupt:
         return _failed("interrupted; nothing was written", INTERRUPTED_EXIT_CODE, debug=debug)
-    except MemoryError as error:
+    except OSError as error:
+        # Every other file's errors were given its name on the way.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
+        return _failed(f"standard output: cannot be written ({first_line(error)})", 5, debug=debug)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
         return _failed(f"out of memory ({first_line(error)}); choose a smaller --size", 3, debug=debug)
 
 

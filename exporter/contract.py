@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import helper
 
@@ -174,7 +175,8 @@ def _weight_problems(
     if written.keys() != weights.keys():
         problems.append(f"its weights are not those of the network ({len(written)} where {len(weights)} belong)")
     for name in sorted(written.keys() & weights.keys()):
-        array, expected = written[name], weights[name].astype(np.float16 if name in half else np.float32, copy=False)
+        array = written[name]
+        expected: NDArray[Any] = torch.from_numpy(weights[name]).half().numpy() if name in half else weights[name]
         unsigned = f"u{expected.dtype.itemsize}"
         if array.shape != expected.shape or array.dtype != expected.dtype:
             problems.append(f"weight {name} is {array.dtype} {array.shape}, not {expected.dtype} {expected.shape}")

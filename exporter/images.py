@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def images_from_npz(
     Raises:
         InputRejected: the file cannot be read, or its images have another size or number of channels.
     """
-    images = _images_array(path)
+    images = np.atleast_1d(_images_array(path))
     if images.dtype == np.uint8:
         shaped = images[..., None] if images.ndim == 3 else images
         if shaped.ndim == 4:
@@ -81,8 +82,10 @@ def _images_array(path: pathlib.Path) -> NDArray[Any]:
     if path.is_dir():
         raise InputRejected(f"{path}: folders of images are not read in this version; save them as an .npz with images")
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images = archive["images"]
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # about old headers, which are either read or refused
+            with np.load(file, allow_pickle=False) as archive:
+                images = np.asarray(archive["images"])
     except FileNotFoundError:
         raise InputRejected(f"{path}: no such file; check --calib") from None
     except KeyError:
@@ -90,5 +93,5 @@ def _images_array(path: pathlib.Path) -> NDArray[Any]:
     except Exception as error:  # damaged archives raise from zipfile, zlib and numpy alike
         raise InputRejected(f"{path}: not an .npz of arrays ({first_line(error)}); np.savez the images") from error
     if images.dtype not in (np.uint8, np.float32):
-        raise InputRejected(f"{path}: images are {images.dtype}; expected uint8 or float32")
-    return np.asarray(images)
+        raise InputRejected(f"{path}: images are {images.dtype}; expected uint8 or float32; np.savez them as such")
+    return images

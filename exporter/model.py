@@ -18,15 +18,19 @@ from torch.nn import functional
 
 from exporter.architecture import Architecture, Block
 
-Observer = Callable[[Block, Tensor, Tensor], None]
-"""Called after each block with its input and the sum of its branches, both (N, C, H, W)."""
+Observer = Callable[[str, Tensor], None]
+"""Told every tensor on the way, by its name in the ONNX graph that ``exporter.onnx_graph`` makes."""
 
 # Float64 convolutions unfold their input: 9 columns a pixel. Images go through in groups of this many pixels.
 PIXELS_AT_ONCE = 4 * 224 * 224
 
 
-def block_tensors(tensors: Mapping[str, Tensor], block: Block, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The block's own tensors in ``dtype`` (None: as they are, not copied), by their names inside the block.
+def _unobserved(name: str, value: Tensor) -> None:
+    pass
+
+
+def block_tensors(tensors: Mapping[str, Tensor], block: Block, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The block's own tensors in ``dtype``, by their names inside the block.
 
     A fused kernel beside live branches is left out: nothing computes with it.
     """
@@ -34,7 +38,7 @@ def block_tensors(tensors: Mapping[str, Tensor], block: Block, dtype: torch.dtyp
     for name, tensor in tensors.items():
         stage, index, *inner = name.split(".", 2)
         if f"{stage}.{index}" == block.name and (block.deployed or not inner[0].startswith("fused.")):
-            own[inner[0]] = tensor.to(dtype) if dtype is not None else tensor
+            own[inner[0]] = tensor.to(dtype)
     return own
 
 
@@ -57,42 +61,50 @@ def branch_sum(block: Block, own: Mapping[str, Tensor], x: Tensor, bn_eps: float
     return total
 
 
-def squeezed_and_excited(own: Mapping[str, Tensor], z: Tensor) -> Tensor:
+def squeezed_and_excited(name: str, own: Mapping[str, Tensor], z: Tensor, observe: Observer) -> Tensor:
     """(N, C, H, W) times one factor in 0..1 per image and channel."""
-    y = z.mean(dim=(2, 3), keepdim=True)
-    y = torch.relu(functional.conv2d(y, own["se.reduce.weight"], own["se.reduce.bias"]))
-    return z * torch.sigmoid(functional.conv2d(y, own["se.expand.weight"], own["se.expand.bias"]))
+    pooled = z.mean(dim=(2, 3), keepdim=True)
+    reduced = functional.conv2d(pooled, own["se.reduce.weight"], own["se.reduce.bias"])
+    active = torch.relu(reduced)
+    expanded = functional.conv2d(active, own["se.expand.weight"], own["se.expand.bias"])
+    for part, value in (("pooled", pooled), ("reduced", reduced), ("active", active), ("expanded", expanded)):
+        observe(f"{name}/se/{part}", value)
+    return z * torch.sigmoid(expanded)
 
 
-def block_output(block: Block, own: Mapping[str, Tensor], total: Tensor) -> Tensor:
+def block_output(block: Block, own: Mapping[str, Tensor], total: Tensor, observe: Observer = _unobserved) -> Tensor:
     """What leaves the block, from the sum of its branches."""
-    return torch.relu(total if block.se_channels is None else squeezed_and_excited(own, total))
+    observe(f"{block.name}/conv", total)
+    if block.se_channels is not None:
+        total = squeezed_and_excited(block.name, own, total, observe)
+        observe(f"{block.name}/se", total)
+    return torch.relu(total)
 
 
-def head_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+def head_output(tensors: Mapping[str, Tensor], x: Tensor, observe: Observer = _unobserved) -> Tensor:
     """(N, C, H, W) to (N, classes)."""
     pooled = x.mean(dim=(2, 3))
-    return functional.linear(pooled, tensors["head.weight"].to(x.dtype), tensors["head.bias"].to(x.dtype))
+    scores = functional.linear(pooled, tensors["head.weight"].to(x.dtype), tensors["head.bias"].to(x.dtype))
+    for name, value in (("head/pooled", pooled), ("head/features", pooled), ("output", scores)):
+        observe(name, value)
+    return scores
 
 
 def logits(
-    architecture: Architecture, tensors: Mapping[str, Tensor], images: Tensor, observe: Observer | None = None
+    architecture: Architecture, tensors: Mapping[str, Tensor], images: Tensor, observe: Observer = _unobserved
 ) -> Tensor:
     """The whole network in the dtype of ``images``: (N, C, H, W) to (N, classes)."""
     with torch.inference_mode():
         return torch.cat([_logits_at_once(architecture, tensors, part, observe) for part in _parts(images)])
 
 
-def _logits_at_once(
-    architecture: Architecture, tensors: Mapping[str, Tensor], x: Tensor, observe: Observer | None
-) -> Tensor:
+def _logits_at_once(architecture: Architecture, tensors: Mapping[str, Tensor], x: Tensor, observe: Observer) -> Tensor:
+    observe("input", x)
     for block in architecture.blocks:
         own = block_tensors(tensors, block, x.dtype)
-        total = branch_sum(block, own, x, architecture.bn_eps)
-        if observe is not None:
-            observe(block, x, total)
-        x = block_output(block, own, total)
-    return head_output(tensors, x)
+        x = block_output(block, own, branch_sum(block, own, x, architecture.bn_eps), observe)
+        observe(block.name, x)
+    return head_output(tensors, x, observe)
 
 
 def _parts(images: Tensor) -> Iterator[Tensor]:

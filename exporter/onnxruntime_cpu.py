@@ -45,5 +45,6 @@ def outputs_from_graph(graph: Graph, batches: list[NDArray[np.float32]]) -> list
 
 def _options() -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # a compiler is using the other core
     options.log_severity_level = 3  # errors alone: warnings about unused initializers are not the user's
     return options

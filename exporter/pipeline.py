@@ -14,6 +14,7 @@ the end and together; a run that fails a check leaves them as ``*.rejected``.
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -43,7 +44,7 @@ from exporter.processes import Processes
 from exporter.reference import GOLDEN_NAME, Reference, reference_from_repvgg, write_golden
 from exporter.report import Check, EngineRecord, FileRecord, Report, markdown_from_report
 from exporter.request import Request
-from exporter.staging import REPORT_NAME, Staging, staging
+from exporter.staging import REPORT_NAME, SUMMARY_NAME, Staging, staging
 from exporter.typed import (
     contract_checks_of_typed,
     engine_from_typed,
@@ -67,9 +68,10 @@ def report_from_checkpoint(request: Request, processes: Processes, notify: Notif
     Raises:
         ReportedError: of the kind and exit code that ``exporter.errors`` lists; nothing is left behind.
     """
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool, staging(request.out, pool) as stage:
-        digest, intact = pool.submit(sha256_of, request.path), pool.submit(check_archive, request.path)
+    protected = [path for path in (request.path, request.calibration) if path is not None]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool, staging(request.out, pool, protected) as stage:
         checkpoint = checkpoint_from_path(request.path)
+        digest, intact = pool.submit(sha256_of, request.path), pool.submit(check_archive, request.path)
         architecture, tensors = repvgg_from_checkpoint(checkpoint, request)
         structure = structure_from_architecture(architecture, request.size)
         processes.simplifier.submit(structure.SerializeToString())
@@ -104,6 +106,7 @@ def report_from_checkpoint(request: Request, processes: Processes, notify: Notif
             run_float32 = functools.partial(outputs_from_file, path)
         del graph
         plain.tensors.clear()  # the files hold the weights from here on
+        return_freed_memory()
         found.add([check_of_float32(subject, reference, run_float32)])
         for one in typed:
             found.add(numeric_checks_of_typed(one, reference))
@@ -116,6 +119,13 @@ def report_from_checkpoint(request: Request, processes: Processes, notify: Notif
         report = report_from_findings(stage, subject, digest.result(), source, plain, reference, found, engines)
         stage.publish() if report.passed else stage.reject()
     return report
+
+
+def return_freed_memory() -> None:
+    """Gives freed blocks back to the system, which glibc does not do by itself and ONNX Runtime allocates beside."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class Findings:
@@ -206,7 +216,7 @@ def report_from_findings(
         files=tuple(files),
         versions=versions(),
     )
-    for name, text in (("report.md", markdown_from_report(report)), (REPORT_NAME, report.to_json())):
+    for name, text in ((SUMMARY_NAME, markdown_from_report(report)), (REPORT_NAME, report.to_json())):
         with reported_write_errors(stage.out):
             stage.path(name).write_text(text, encoding="utf-8")
         stage.seal(stage.path(name))

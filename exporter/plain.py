@@ -68,7 +68,7 @@ def plain_from_repvgg(architecture: Architecture, tensors: Mapping[str, Tensor])
         trained = fused = _noise((1, architecture.in_channels, IMAGE_SIZE, IMAGE_SIZE), generator)
         for block in architecture.blocks:
             own = block_tensors(tensors, block, torch.float64)
-            convolution = convolution_from_block(block, block_tensors(tensors, block, None), architecture.bn_eps)
+            convolution = convolution_from_block(block, own, architecture.bn_eps)
             rounded = _rounded(convolution, block)
             noise = _noise(tuple(trained.shape), generator)
             truth = branch_sum(block, own, torch.cat([trained, noise]), architecture.bn_eps)

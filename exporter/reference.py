@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from exporter.architecture import Architecture, Block
+from exporter.architecture import Architecture
 from exporter.model import logits
-from exporter.onnx_graph import INPUT, OUTPUT
 
 GOLDEN_NAME = "golden.npz"
 
@@ -22,7 +21,7 @@ GOLDEN_NAME = "golden.npz"
 class Reference:
     """``images`` (n, C, H, W) float32, ``outputs`` (n, classes) float64.
 
-    ``peaks`` has the largest absolute value of every tensor between the blocks, by its name in the ONNX graph.
+    ``peaks`` has the largest absolute value of every tensor on the way, by its name in the ONNX graph.
     """
 
     images: NDArray[np.float32]
@@ -36,15 +35,11 @@ def reference_from_repvgg(
     """Runs the branches themselves, unfused, in float64."""
     peaks: dict[str, float] = {}
 
-    def observe(block: Block, x: Tensor, total: Tensor) -> None:
-        source = INPUT if block is architecture.blocks[0] else _before(architecture, block).name
-        for name, value in ((source, x), (f"{block.name}/conv", total)):
-            peaks[name] = max(peaks.get(name, 0.0), _largest(value))
+    def observe(name: str, value: Tensor) -> None:
+        low, high = torch.aminmax(value)
+        peaks[name] = max(peaks.get(name, 0.0), float(high), -float(low))
 
     outputs = logits(architecture, tensors, torch.from_numpy(images).double(), observe)
-    last = architecture.blocks[-1].name
-    peaks[last] = peaks[f"{last}/conv"]
-    peaks[OUTPUT] = _largest(outputs)
     return Reference(images, outputs.numpy(), peaks)
 
 
@@ -52,12 +47,3 @@ def write_golden(reference: Reference, path: pathlib.Path) -> None:
     """``golden.npz``: ``input`` float32 and ``output`` float64, what any engine of this network must reproduce."""
     with open(path, "wb") as file:
         np.savez(file, input=reference.images, output=reference.outputs)
-
-
-def _before(architecture: Architecture, block: Block) -> Block:
-    return architecture.blocks[architecture.blocks.index(block) - 1]
-
-
-def _largest(value: Tensor) -> float:
-    low, high = torch.aminmax(value)
-    return max(float(high), -float(low))

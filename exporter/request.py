@@ -6,11 +6,15 @@ import dataclasses
 import pathlib
 import re
 
+from engines.sdk import SDKS
 from exporter.errors import UsageError
 from exporter.variants import variant_from_name
 
 LARGEST_SIZE = 4096
 LARGEST_BATCH = 65536
+LARGEST_MEAN = 1e6
+SMALLEST_STD = 1e-30
+SDK_NAMES = tuple(sdk.module for sdk in SDKS)
 PRECISION_NAMES = ("fp32", "fp16")
 """The names in ``exporter.precisions.PRECISIONS``, held equal by a test; reading them there would import onnx."""
 
@@ -55,8 +59,19 @@ class Request:
             raise UsageError("--strides: each stage's stride is 1 or 2, as in 2,2,2,2,2")
         if self.eps is not None and not 0 < self.eps < 1:
             raise UsageError(f"--eps: {self.eps} is not between 0 and 1; RepVGG uses 1e-5")
-        if self.std is not None and not all(value > 0 for value in self.std):
-            raise UsageError("--std: every value must be above 0")
+        if self.mean is not None and not all(abs(value) < LARGEST_MEAN for value in self.mean):
+            raise UsageError(f"--mean: every value must be a number below {LARGEST_MEAN:g}, in units of pixels in 0..1")
+        if self.std is not None and not all(SMALLEST_STD <= value < LARGEST_MEAN for value in self.std):
+            raise UsageError(f"--std: every value must be from {SMALLEST_STD:g} on, in units of pixels in 0..1")
+        if self.sdk is not None and self.sdk not in SDK_NAMES:
+            raise UsageError(f"--sdk {self.sdk}: unknown; choose from {', '.join(SDK_NAMES)}")
+        for path in (self.path, self.out):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError:
+                raise UsageError(
+                    f"{str(path)!r}: not UTF-8, which ONNX Runtime needs; rename it or give --out"
+                ) from None
         if self.arch is not None:
             variant_from_name(self.arch)
 
@@ -110,11 +125,10 @@ def cards_from_text(text: str) -> tuple[int, ...]:
 
 def floats_from_text(flag: str, text: str) -> tuple[float, ...]:
     """Comma-separated finite numbers, for ``flag``."""
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = (float("nan"),)
-    if not all(abs(value) < 1e6 for value in values):
+    parts = [part.strip() for part in text.split(",")]
+    decimal = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+    values = tuple(float(part) if decimal.fullmatch(part) else float("nan") for part in parts)
+    if not all(abs(value) < LARGEST_MEAN for value in values):
         raise UsageError(f"{flag}: {text!r} is not a list of numbers such as 0.485,0.456,0.406")
     return values
 

@@ -6,32 +6,42 @@ that fails a check leaves its files as ``*.rejected`` and touches nothing else; 
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 
 from engines.files import reported_write_errors, sha256_of, synced
+from exporter.errors import OutputFailed
 
-REPORT_NAME = "report.json"
+REPORT_NAME, SUMMARY_NAME = "report.json", "report.md"
 REJECTED = ".rejected"
 
 
 class Staging:
     """The hidden directory of one run. A finished file is sealed: ``pool`` hashes and syncs it meanwhile."""
 
-    def __init__(self, out: pathlib.Path, folder: pathlib.Path, pool: Executor) -> None:
+    def __init__(
+        self, out: pathlib.Path, folder: pathlib.Path, pool: Executor, protected: frozenset[pathlib.Path]
+    ) -> None:
         self.out = out
+        self._protected = protected
         self._folder = folder
         self._pool = pool
         self._sealed: dict[str, Future[str]] = {}
 
     def path(self, name: str) -> pathlib.Path:
-        """Where to write the file that will be ``out / name``."""
+        """Where to write the file that will be ``out / name``.
+
+        Raises:
+            OutputFailed: it would take the place of a file that the run reads.
+        """
+        if (self.out / name).resolve() in self._protected:
+            raise OutputFailed(f"{self.out / name}: would overwrite the run's own input; give another --out")
         return self._folder / name
 
     def seal(self, *paths: pathlib.Path) -> None:
@@ -50,23 +60,50 @@ class Staging:
 
     def publish(self) -> None:
         """Moves every sealed file into place, and removes what an earlier run made and this one did not."""
-        stale = _earlier_files(self.out) - set(self._sealed)
+        stale = _earlier_files(self.out, ("", REJECTED)) - set(self._sealed)
         self._move("")
-        for name in stale:
-            with contextlib.suppress(OSError):
-                (self.out / name).unlink()
+        self._remove(stale)
 
     def reject(self) -> None:
-        """Moves every sealed file into place as ``*.rejected``."""
+        """Moves every sealed file into place as ``*.rejected``, in the place of earlier ones."""
+        stale = _earlier_files(self.out, (REJECTED,)) - {name + REJECTED for name in self._sealed}
         self._move(REJECTED)
+        self._remove(stale)
 
     def _move(self, suffix: str) -> None:
+        """All or none: where a rename fails or is interrupted, those before it are undone."""
+        earlier, moved = self._folder / ".earlier", []
         with reported_write_errors(self.out):
-            concurrent.futures.wait(self._sealed.values())
-            # The report goes last: it lists the others, so a reader who sees it sees them.
-            for path in sorted(self.files, key=lambda path: path.name == REPORT_NAME):
-                self.sha256(path)
-                path.replace(self.out / (path.name + suffix))
+            for sealed in self._sealed.values():
+                sealed.result()
+            earlier.mkdir()
+            try:
+                # The report goes last: it lists the others, so a reader who sees it sees them.
+                for path in sorted(self.files, key=lambda path: path.name == REPORT_NAME):
+                    target = self.out / (path.name + suffix)
+                    if target.exists():
+                        os.link(target, earlier / target.name)
+                    moved.append(target)
+                    path.replace(target)
+            except BaseException:
+                for target in moved:
+                    _put_back(earlier / target.name, target)
+                raise
+
+    def _remove(self, names: set[str]) -> None:
+        for name in names:
+            path = self.out / name
+            with contextlib.suppress(OSError, ValueError):
+                if path.resolve() not in self._protected:
+                    path.unlink()
+
+
+def _put_back(earlier: pathlib.Path, target: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):
+        if earlier.exists():
+            earlier.replace(target)
+        else:
+            target.unlink()
 
 
 def _synced_sha256(path: pathlib.Path) -> str:
@@ -76,35 +113,41 @@ def _synced_sha256(path: pathlib.Path) -> str:
 
 
 @contextlib.contextmanager
-def staging(out: pathlib.Path, pool: Executor) -> Iterator[Staging]:
+def staging(out: pathlib.Path, pool: Executor, protected: Iterable[pathlib.Path] = ()) -> Iterator[Staging]:
     """Makes ``out`` and a hidden directory in it; removes both again where nothing came of them.
+
+    Args:
+        out: the output directory.
+        pool: hashes and syncs finished files.
+        protected: files that the run reads, which are neither overwritten nor removed.
 
     Raises:
         OutputFailed: the directory cannot be made or written.
     """
-    created = [folder for folder in (out, *out.parents) if not folder.exists()]
-    with reported_write_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=out))
+    created: list[pathlib.Path] = []
+    folder: pathlib.Path | None = None
     try:
-        yield Staging(out, folder, pool)
+        with reported_write_errors(out):
+            created = [directory for directory in (out, *out.parents) if not directory.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            folder = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=out))
+        yield Staging(out, folder, pool, frozenset(path.resolve() for path in protected))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
         for directory in created:
             with contextlib.suppress(OSError):  # not empty: something came of it
                 directory.rmdir()
 
 
-def _earlier_files(out: pathlib.Path) -> set[str]:
-    """Plain file names that earlier reports in ``out`` list, the rejected ones included."""
+def _earlier_files(out: pathlib.Path, suffixes: Iterable[str]) -> set[str]:
+    """Plain file names that earlier reports in ``out`` list: with the suffix "" and, or, of rejected ones."""
     names: set[str] = set()
-    for report, suffix in ((REPORT_NAME, ""), (REPORT_NAME + REJECTED, REJECTED)):
+    for suffix in suffixes:
         try:
-            files = json.loads((out / report).read_text(encoding="utf-8"))["files"]
-            listed = [str(file["name"]) for file in files] + [REPORT_NAME]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        names |= {
-            name + suffix for name in listed if name == pathlib.PurePath(name).name and name not in ("", ".", "..")
-        }
+            files = json.loads((out / (REPORT_NAME + suffix)).read_text(encoding="utf-8"))["files"]
+            listed = [*(str(file["name"]) for file in files), REPORT_NAME, SUMMARY_NAME]
+        except Exception:  # whatever stands there, it is no report of ours
+            listed = []
+        names |= {name + suffix for name in listed if pathlib.PurePath(name).name == name != ".."}
     return names

@@ -57,7 +57,8 @@ def contract_checks_of_typed(typed: Typed, plain: Plain) -> list[Check]:
     """The graph contract on the written file, and how much of it is in the precision that was asked for."""
     name, convs = typed.precision.name, [node for node in typed.graph.structure.graph.node if node.op_type == "Conv"]
     converted = [node for node in convs if typed.graph.weights[node.input[1]].dtype == np.dtype(typed.precision.dtype)]
-    kept = "".join(f"; {node} kept in float32: {reason}" for node, reason in typed.kept.items())
+    left = [f"{node} kept in float32: {reason}" for node, reason in typed.kept.items()]
+    kept = "".join(f"; {reason}" for reason in left)
     detail = f"{len(converted)} of {len(convs)} convs{kept}"
     return [
         checks.contract_check(name, typed.onnx, plain, typed.graph),

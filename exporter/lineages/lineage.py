@@ -64,6 +64,8 @@ class Lineage:
         if found is None:
             return None
         stage = 0 if found["stage"] is None else int(found["stage"]) - self.first_stage + 1
+        if found["stage"] is not None and stage < 1:  # the stem has a name of its own
+            return None
         inner = self._inner(found["inner"])
         return None if inner is None else f"stage{stage}.{int(found['index'] or 0)}.{inner}"
 

@@ -13,7 +13,7 @@ it rounds and overflows where the typed graph does, with float32 sums inside eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ def half_from_float(graph: Graph, peaks: Peaks) -> Rewritten:
     """Rewrites a float32 graph to half precision; nodes that would overflow are kept, by name and with the reason."""
     nodes = list(graph.structure.graph.node)
     kept = {node.name: reason for node in nodes if (reason := _overflow(node, graph.weights, peaks))}
+    kept |= _readers_of(kept, nodes)
     half_nodes = [node for node in nodes if node.name not in kept]
     half_weights = {name for node in half_nodes for name in node.input if name in graph.weights}
     weights = {name: _half(array) if name in half_weights else array for name, array in graph.weights.items()}
@@ -51,6 +52,21 @@ def half_from_float(graph: Graph, peaks: Peaks) -> Rewritten:
     if types[OUTPUT] == TensorProto.FLOAT16:
         _cast_output(rewritten)
     return Rewritten(checked(_with(graph, rewritten, weights)), kept)
+
+
+def _readers_of(kept: Mapping[str, str], nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
+    """The ReLUs and the like that read a kept Conv's result, and why they are kept, too.
+
+    The compiler turns Cast, float32 Conv, Cast back into a half Conv, although the network is strongly typed; with the
+    next operation between Conv and Cast it does not.
+    """
+    maker = {node.output[0]: node.name for node in nodes if node.op_type == "Conv" and node.name in kept}
+    return {
+        node.name: f"it reads {maker[name]}"
+        for node in nodes
+        for name in node.input
+        if name in maker and node.op_type != "Conv" and node.name not in kept
+    }
 
 
 def explicit_cast_twin(graph: Graph) -> Graph:

@@ -1,0 +1,1 @@
+"""Measurements of the exporter against what it replaces."""
