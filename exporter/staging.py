@@ -7,6 +7,7 @@ that fails a check leaves its files as ``*.rejected`` and touches nothing else; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -82,7 +83,7 @@ class Staging:
                 for path in sorted(self.files, key=lambda path: path.name == REPORT_NAME):
                     target = self.out / (path.name + suffix)
                     if target.exists():
-                        os.link(target, earlier / target.name)
+                        _keep(target, earlier / target.name)
                     moved.append(target)
                     path.replace(target)
             except BaseException:
@@ -96,6 +97,16 @@ class Staging:
             with contextlib.suppress(OSError, ValueError):
                 if path.resolve() not in self._protected:
                     path.unlink()
+
+
+def _keep(target: pathlib.Path, earlier: pathlib.Path) -> None:
+    """A second name for a file, so that it is never missing; on a file system without links, its only name."""
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a directory is in the place of a file", str(target))
+    try:
+        os.link(target, earlier)
+    except OSError:
+        target.replace(earlier)
 
 
 def _put_back(earlier: pathlib.Path, target: pathlib.Path) -> None:

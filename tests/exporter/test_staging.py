@@ -381,3 +381,25 @@ def test_a_checkpoint_of_the_name_of_a_product_is_not_overwritten(name, command,
     assert path.read_bytes() == content
     assert outcome.code in (2, 5)
     assert name in outcome.error
+
+
+def no_links(_source, _target):
+    raise OSError(95, "Operation not supported")
+
+
+def test_a_file_system_without_links_is_no_obstacle(out, monkeypatch):
+    monkeypatch.setattr("exporter.staging.os.link", no_links)
+    run(out, "a.onnx", text="old")
+    run(out, "a.onnx", text="new")
+    assert (out / "a.onnx").read_text() == "new"
+    assert sorted(tree(out)) == ["a.onnx", "report.json"]
+
+
+def test_without_links_a_directory_in_the_place_of_a_file_stays(out, monkeypatch):
+    monkeypatch.setattr("exporter.staging.os.link", no_links)
+    (out / "b.onnx").mkdir(parents=True)
+    (out / "b.onnx" / "mine").write_text("mine")
+    run_before = tree(out)
+    with pytest.raises(OutputFailed, match="a directory is in the place of a file"):
+        run(out, "a.onnx", "b.onnx")
+    assert tree(out) == run_before
