@@ -66,6 +66,7 @@ def export(
         ReportedError: the other kinds in ``exporter.errors``; nothing is left behind.
     """
     from exporter.errors import VerificationFailed
+    from exporter.interrupts import Uninterrupted
     from exporter.request import Request
     from exporter.run import report_from_request
 
@@ -87,7 +88,8 @@ def export(
         gpu=tuple(gpu),
         ignore_keys=tuple(ignore_keys),
     )
-    report = report_from_request(request, notify or (lambda line: None), progress or (lambda phase, done, steps: None))
+    told, advanced = notify or (lambda line: None), progress or (lambda phase, done, steps: None)
+    report = report_from_request(request, told, advanced, Uninterrupted())
     if not report.passed:
         raise VerificationFailed(report.failure_line)
     return report

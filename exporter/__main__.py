@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from exporter.cli import main
 
+
+def run() -> None:
+    """Runs the command of ``sys.argv`` and ends the process, without the time that taking torch down costs."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run()

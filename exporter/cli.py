@@ -7,13 +7,13 @@ import contextlib
 import io
 import os
 import pathlib
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import INTERRUPTED_EXIT_CODE, ReportedError, UsageError, VerificationFailed, first_line
+from exporter.interrupts import Interrupts
 from exporter.request import (
     PRECISION_NAMES,
     Request,
@@ -132,13 +132,13 @@ def _progress(*, shown: bool) -> Iterator[Progress]:
         yield update
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     from exporter.run import report_from_request
 
     request = _request(arguments)
     talkative = not (arguments.quiet or arguments.json)
     with _progress(shown=talkative) as progress:
-        report = report_from_request(request, print if talkative else _silent, progress)
+        report = report_from_request(request, print if talkative else _silent, progress, interrupts)
     if arguments.json:
         sys.stdout.write(report.to_json())
     if not report.passed:
@@ -155,19 +155,18 @@ def _silent(line: str) -> None:
     pass
 
 
-def _interrupted(_number: int, _frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; every expected error is one line on stderr."""
-    signal.signal(signal.SIGTERM, _interrupted)
+    """Runs one command and returns its exit code; every expected error is one line on stderr.
+
+    Without ``argv`` it is the whole process, and takes its signals over for good.
+    """
+    interrupts = Interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show is no reason to fail
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        code = _run(_parser().parse_args(argv))
+        code = _run(_parser().parse_args(argv), interrupts)
         sys.stdout.flush()
         return code
     except ReportedError as error:
@@ -182,6 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         return _failed(f"out of memory ({first_line(error)}); choose a smaller --size", 3, debug=debug)
+    finally:
+        if argv is not None:
+            interrupts.give_back()
 
 
 def _failed(message: str, code: int, *, debug: bool) -> int:

@@ -33,6 +33,7 @@ from exporter.architecture import Architecture, architecture_from_tensors, check
 from exporter.checkpoint import Checkpoint, check_archive, checkpoint_from_path
 from exporter.description import Subject
 from exporter.images import images_from_npz, noise_images, normalisation
+from exporter.interrupts import Uninterrupted
 from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.model import logits
 from exporter.onnx_file import write_onnx
@@ -62,14 +63,20 @@ Notify = Callable[[str], None]
 """Told each finding, one line at a time, as it is made."""
 
 
-def report_from_checkpoint(request: Request, processes: Processes, notify: Notify, progress: Progress) -> Report:
+def report_from_checkpoint(
+    request: Request, processes: Processes, notify: Notify, progress: Progress, interrupts: Uninterrupted
+) -> Report:
     """Runs the whole export. The caller looks at ``Report.passed``: a run that failed a check returns, too.
 
     Raises:
         ReportedError: of the kind and exit code that ``exporter.errors`` lists; nothing is left behind.
     """
     protected = [path for path in (request.path, request.calibration) if path is not None]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool, staging(request.out, pool, protected) as stage:
+    with (
+        concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool,
+        staging(request.out, pool, protected) as stage,
+        processes,  # ended before their directory is removed
+    ):
         checkpoint = checkpoint_from_path(request.path)
         digest, intact = pool.submit(sha256_of, request.path), pool.submit(check_archive, request.path)
         architecture, tensors = repvgg_from_checkpoint(checkpoint, request)
@@ -117,6 +124,7 @@ def report_from_checkpoint(request: Request, processes: Processes, notify: Notif
             found.add([checks.audit_check(one.precision, audit)])
             engines.append(record)
         report = report_from_findings(stage, subject, digest.result(), source, plain, reference, found, engines)
+        interrupts.too_late()
         stage.publish() if report.passed else stage.reject()
     return report
 

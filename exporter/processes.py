@@ -44,10 +44,17 @@ class SimplifierProcess(Process):
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """``compilers`` has one for each precision that an engine is wanted in."""
+    """``compilers`` has one for each precision that an engine is wanted in. A context manager that ends them all."""
 
     simplifier: SimplifierProcess
     compilers: Mapping[str, CompilerProcess]
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in (self.simplifier, *self.compilers.values()):
+            process.__exit__()
 
 
 @contextlib.contextmanager

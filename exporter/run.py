@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engines.build import Progress
+from exporter.interrupts import Uninterrupted
 from exporter.processes import started
 from exporter.request import Request
 
@@ -13,9 +14,15 @@ if TYPE_CHECKING:
     from exporter.report import Report
 
 
-def report_from_request(request: Request, notify: Callable[[str], None], progress: Progress) -> Report:
+def report_from_request(
+    request: Request,
+    notify: Callable[[str], None],
+    progress: Progress,
+    interrupts: Uninterrupted,
+) -> Report:
     """Starts the helping processes, and only then imports torch with the pipeline; see ``exporter.pipeline``."""
     with started(request) as processes:
-        from exporter.pipeline import report_from_checkpoint
+        with interrupts.held():
+            from exporter.pipeline import report_from_checkpoint
 
-        return report_from_checkpoint(request, processes, notify, progress)
+        return report_from_checkpoint(request, processes, notify, progress, interrupts)
