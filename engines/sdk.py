@@ -17,7 +17,6 @@ from engines.errors import SdkMissing, UsageError
 RTX_CARDS = (75, 80, 86, 89, 120, 121)
 RTX_DEFAULT_CARDS = (80, 86, 89, 120, 121)
 TURING = 75
-OLDEST_TENSORRT = (10, 12)
 
 
 @dataclasses.dataclass(frozen=True)

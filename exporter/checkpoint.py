@@ -132,7 +132,8 @@ def _from_torch(path: pathlib.Path, *, mmap: bool) -> Any:
             raise CheckpointRejected(f"{path}: damaged ({first_line(error)}); copy the file again") from error
         raise CheckpointRejected(
             f"{path}: holds code ({found[1]}), which is not run; where you trust the file, save its weights alone: "
-            f"torch.save(torch.load('{path.name}', weights_only=False)['state_dict'], 'weights.pt')"
+            f"m = torch.load('{path.name}', weights_only=False); "
+            f"torch.save(m.state_dict() if hasattr(m, 'state_dict') else m['state_dict'], 'weights.pt')"
         ) from error
     except Exception as error:
         raise CheckpointRejected(f"{path}: cannot be read ({first_line(error)}); copy the file again") from error

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.build import Progress
-from engines.files import reported_write_errors, sha256_of
+from engines.files import reported_write_errors, sha256_of, write_whole
 from engines.sdk import versions
 from exporter import checks
 from exporter.architecture import Architecture, architecture_from_tensors, check_variant
@@ -225,7 +225,6 @@ def report_from_findings(
         versions=versions(),
     )
     for name, text in ((SUMMARY_NAME, markdown_from_report(report)), (REPORT_NAME, report.to_json())):
-        with reported_write_errors(stage.out):
-            stage.path(name).write_text(text, encoding="utf-8")
+        write_whole(stage.path(name), text.encode())
         stage.seal(stage.path(name))
     return report

@@ -11,7 +11,7 @@ import numpy as np
 from engines.audit import Audit, audit_of_file
 from engines.build import CompilerProcess, Progress
 from engines.compiler import Request as CompilerRequest
-from engines.files import reported_write_errors
+from engines.files import write_whole
 from engines.manifest import Manifest, sidecar_path
 from engines.plan import header_from_file
 from exporter import checks
@@ -121,6 +121,5 @@ def write_sidecar(typed: Typed, record: EngineRecord, subject: Subject, checkpoi
         golden=GOLDEN_NAME,
     )
     path = sidecar_path(typed.engine)
-    with reported_write_errors(path):
-        path.write_text(manifest.to_json(), encoding="utf-8")
+    write_whole(path, manifest.to_json().encode())
     stage.seal(path)

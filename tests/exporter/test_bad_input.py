@@ -606,3 +606,16 @@ def test_an_out_directory_that_is_not_unicode_is_taken_or_refused(command, check
     outcome = command(checkpoint.name, *SIZE, "--quiet", "--out", out)
     assert outcome.code in (0, 2, 5), outcome.stderr
     assert not list(tmp_path.rglob("*.rejected"))
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["a module", "a module beside its weights"])
+def test_the_advice_for_a_file_with_code_in_it_works(wrapped, command, small, tmp_path, monkeypatch):
+    """What the error says to run is run, and makes a checkpoint that exports."""
+    module = small.float()
+    torch.save({"state_dict": module.state_dict(), "network": module} if wrapped else module, tmp_path / "model.pt")
+    outcome = command("model.pt", *SIZE)
+    assert outcome.code == 3
+    advice = outcome.error.partition("save its weights alone: ")[2]
+    monkeypatch.chdir(tmp_path)
+    exec(advice, {"torch": torch})
+    assert command("weights.pt", *SIZE).code == 0
