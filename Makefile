@@ -2,14 +2,19 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+BINDINGS := 10.16.1.11 11.4.0.106
 
-.PHONY: demo test check setup benchmark clean
+.PHONY: demo test test-gpu check setup benchmark clean
 
 demo: $(READY)
 	$(BIN)/python -m exporter examples/fashion.pt --onnx --trt fp16 --size 28
 
 test: check
 	$(BIN)/python -m pytest
+
+# For owners of a GPU; nothing here is part of make test.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu --gpu
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -18,10 +23,15 @@ check: $(READY)
 
 setup: $(READY)
 
-# Everything pinned, the project itself editable. torch is pinned to a release whose wheel is small.
+# Everything pinned, the project itself editable. torch is pinned to a release whose wheel is small. The bindings of full
+# TensorRT have no libraries with them: tests hold every name that the code uses against them.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	for version in $(BINDINGS); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --target $(VENV)/bindings/$$version tensorrt-cu12-bindings==$$version || exit 1; \
+	done
 	touch $(READY)
 
 benchmark: $(READY)

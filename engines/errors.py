@@ -6,6 +6,7 @@
      |- InputRejected        3    a checkpoint, graph, plan or data file cannot be used
      |- SdkMissing           4    a needed SDK or GPU is not here
      |- CompilerRefused      4    the compiler is here and said no
+     |- DeviceFailed         4    a GPU is here, and a call to it or its runtime failed
      |- OutputFailed         5    a result could not be written
 
 Anything else that is raised is a defect of this software, never of the user's file.
@@ -51,6 +52,12 @@ class SdkMissing(ReportedError):
 
 class CompilerRefused(ReportedError):
     """The engine compiler failed; the message carries its own words."""
+
+    exit_code = 4
+
+
+class DeviceFailed(ReportedError):
+    """A CUDA or TensorRT runtime call failed; the message names the call."""
 
     exit_code = 4
 

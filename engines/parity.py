@@ -4,10 +4,13 @@ With reference r and candidate y, both (n, classes):
 
     relative error   max|y - r| / max|r|, over everything
     SQNR             10 log10(sum r^2 / sum (y - r)^2), in dB
+    cosine           sum r y / sqrt(sum r^2 sum y^2), over everything
     margin of row i  largest minus second largest value of r_i
-    decided flip     the top-1 of row i differs although its margin exceeds max|y_i - r_i|
+    flip             the top-1 of row i differs
+    decided flip     a flip although the margin of its row exceeds max|y_i - r_i|
 
-No gate has a default: whoever compares says how near is near enough.
+No comparison has a gate by default: whoever compares says how near is near enough, by the precision that was asked for
+(``GATES``) or otherwise.
 """
 
 from __future__ import annotations
@@ -20,6 +23,14 @@ from numpy.typing import NDArray
 
 
 @dataclasses.dataclass(frozen=True)
+class Flip:
+    """A row whose top-1 differs, and the reference's margin in it."""
+
+    row: int
+    margin: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Comparison:
     """The figures of one comparison. Errors are in the unit of the outputs unless called relative."""
 
@@ -27,7 +38,9 @@ class Comparison:
     max_abs_error: float
     mean_abs_error: float
     sqnr_db: float
+    cosine: float
     top1_agreement: float
+    flips: tuple[Flip, ...]
     decided_flips: int
     non_finite: int
     rows: int
@@ -51,6 +64,13 @@ class Gate:
         return None
 
 
+GATES = {
+    "fp32": Gate(max_relative_error=5e-6, top1=True),
+    "fp16": Gate(max_relative_error=5e-3, top1=True),
+}
+"""By precision, against the training-time network in float64."""
+
+
 def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> Comparison:
     """Compares two (n, classes) arrays of any float dtype, in float64.
 
@@ -67,14 +87,19 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
         worst = float(error.max())
         relative = worst / scale if scale > 0 else (0.0 if worst == 0 else math.inf)
         sqnr = math.inf if noise == 0 else 10 * math.log10(max(float((r**2).sum()) / noise, 1e-300))
-        decided = margins(r) > error.max(axis=1)
+        length = math.sqrt(float((r**2).sum()) * float((y**2).sum()))
+        cosine = float((r * y).sum()) / length if length else (1.0 if worst == 0 else 0.0)
+        margin = margins(r)
+        decided = margin > error.max(axis=1)
     same = y.argmax(axis=1) == r.argmax(axis=1)
     return Comparison(
         relative_error=relative,
         max_abs_error=worst,
         mean_abs_error=float(error.mean()),
         sqnr_db=sqnr,
+        cosine=cosine,
         top1_agreement=float(same.mean()),
+        flips=tuple(Flip(int(row), float(margin[row])) for row in np.flatnonzero(~same)),
         decided_flips=int((~same & decided).sum()),
         non_finite=non_finite,
         rows=len(r),

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from engines.parity import Gate
+from engines.parity import GATES
 from exporter.onnx_graph import INPUT, OUTPUT, Graph, checked
 from exporter.precisions.precision import Peaks, Precision, Rewritten
 
@@ -158,5 +158,5 @@ FP16 = Precision(
     dtype="float16",
     rewrite=half_from_float,
     twin=explicit_cast_twin,
-    gate=Gate(max_relative_error=5e-3, top1=True),
+    gate=GATES["fp16"],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engines.parity import Gate
+from engines.parity import GATES
 from exporter.precisions.precision import Precision, Rewritten
 
 FP32 = Precision(
@@ -10,5 +10,5 @@ FP32 = Precision(
     dtype="float32",
     rewrite=lambda graph, peaks: Rewritten(graph, {}),
     twin=None,
-    gate=Gate(max_relative_error=5e-6, top1=True),
+    gate=GATES["fp32"],
 )

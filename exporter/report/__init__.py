@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from exporter.report.markdown import markdown_from_report
-from exporter.report.record import Check, EngineRecord, FileRecord, Report
+from exporter.report.record import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
 
-__all__ = ["Check", "EngineRecord", "FileRecord", "Report", "markdown_from_report"]
+__all__ = [
+    "AccuracyRow",
+    "Check",
+    "EngineRecord",
+    "FileRecord",
+    "LayerRow",
+    "LedgerRow",
+    "Report",
+    "markdown_from_report",
+]
