@@ -31,6 +31,11 @@ def export(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    max_drop: float | None = None,
+    expect: str | os.PathLike[str] | None = None,
+    layers: bool = False,
+    require: Sequence[str] = (),
     sdk: str | None = None,
     gpu: Sequence[int] = (),
     ignore_keys: Sequence[str] = (),
@@ -51,7 +56,13 @@ def export(
         arch: a published name, such as "A0", that the checkpoint must be.
         mean: per channel, for pixels scaled to 0..1; None for ImageNet's, or 0.5 for one channel.
         std: as ``mean``.
-        calibration: an ``.npz`` with ``images``; the first four replace the noise that outputs are compared on.
+        calibration: an ``.npz`` with ``images``; the first four replace the noise that outputs are compared on, and the
+            first 128 must look to every batch norm as its training images did.
+        labels: an ``.npz`` with ``images`` and ``labels``; the top-1 of every precision is counted on them.
+        max_drop: the most top-1, in percentage points, that a precision may lose against float32.
+        expect: an ``.npz`` with ``input`` and ``output`` of your own model, which must be reproduced.
+        layers: whether to compare every layer, too.
+        require: ("trt",) where an engine that no GPU here can run is an error.
         sdk: "tensorrt" or "tensorrt_rtx"; None chooses.
         gpu: compute capabilities to build for, as in (86, 89); empty for the SDK's default.
         ignore_keys: globs of tensor names that may go unused.
@@ -84,6 +95,11 @@ def export(
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
         calibration=None if calibration is None else pathlib.Path(calibration),
+        labels=None if labels is None else pathlib.Path(labels),
+        max_drop=max_drop,
+        expect=None if expect is None else pathlib.Path(expect),
+        layers=layers,
+        require=tuple(require),
         sdk=sdk,
         gpu=tuple(gpu),
         ignore_keys=tuple(ignore_keys),

@@ -78,13 +78,28 @@ def _parser() -> _Parser:
     told.add_argument("--std", metavar="S[,S,S]", help="as --mean")
     told.add_argument("--arch", metavar="NAME", help="a published variant (A0 ... B3g4, D2se) that it must be")
     told.add_argument("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors that may go unused")
-    told.add_argument(
-        "--calib", type=pathlib.Path, metavar="NPZ", help="images to compare outputs on, instead of noise"
+
+    proof = parser.add_argument_group("what to prove it on")
+    proof.add_argument(
+        "--calib",
+        type=pathlib.Path,
+        metavar="NPZ",
+        help="real images: compared on instead of noise, and witnesses",
+    )
+    proof.add_argument("--labels", type=pathlib.Path, metavar="NPZ", help="images and labels: top-1 of every precision")
+    proof.add_argument("--max-drop", metavar="POINTS", help="with --labels: the most top-1 that a precision may lose")
+    proof.add_argument(
+        "--expect", type=pathlib.Path, metavar="NPZ", help="input and output of your own model: must be reproduced"
+    )
+    proof.add_argument("--layers", action="store_true", help="compare layer by layer, and name the first that departs")
+    proof.add_argument(
+        "--require", action="append", default=[], metavar="trt", help="trt: fail where no GPU can run the engines"
     )
 
     said = parser.add_argument_group("what to print")
     said.add_argument("--quiet", action="store_true", help="print nothing but errors")
     said.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
+    said.add_argument("--junit", type=pathlib.Path, metavar="FILE", help="write the checks as JUnit XML, for CI")
     said.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return parser
 
@@ -92,9 +107,6 @@ def _parser() -> _Parser:
 def _request(arguments: argparse.Namespace) -> Request:
     checkpoint: pathlib.Path = arguments.checkpoint
     trt = [name.strip() for names in arguments.trt or [] for name in names.split(",")]
-    eps = None if arguments.eps is None else floats_from_text("--eps", arguments.eps)
-    if eps is not None and len(eps) != 1:
-        raise UsageError(f"--eps: {arguments.eps!r} is not one number, as in 1e-5")
     return Request(
         path=checkpoint,
         out=arguments.out or pathlib.Path(checkpoint.stem or "exported"),
@@ -103,15 +115,27 @@ def _request(arguments: argparse.Namespace) -> Request:
         size=size_from_text(arguments.size),
         batch=batch_from_text(arguments.batch),
         strides=None if arguments.strides is None else strides_from_text(arguments.strides),
-        eps=None if eps is None else eps[0],
+        eps=None if arguments.eps is None else _one_number("--eps", arguments.eps, "1e-5"),
         arch=arguments.arch,
         mean=None if arguments.mean is None else floats_from_text("--mean", arguments.mean),
         std=None if arguments.std is None else floats_from_text("--std", arguments.std),
         calibration=arguments.calib,
+        labels=arguments.labels,
+        max_drop=None if arguments.max_drop is None else _one_number("--max-drop", arguments.max_drop, "0.5"),
+        expect=arguments.expect,
+        layers=arguments.layers,
+        require=tuple(arguments.require),
         sdk=arguments.sdk,
         gpu=() if arguments.gpu is None else cards_from_text(arguments.gpu),
         ignore_keys=tuple(arguments.ignore_keys),
     )
+
+
+def _one_number(flag: str, text: str, example: str) -> float:
+    numbers = floats_from_text(flag, text)
+    if len(numbers) != 1:
+        raise UsageError(f"{flag}: {text!r} is not one number, as in {example}")
+    return numbers[0]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ ReportedError
  |   '- ArchitectureRejected   the tensors do not make a RepVGG, or not the one asked for
  |- SdkMissing           4
  |- CompilerRefused      4
+ |- DeviceFailed         4
  '- OutputFailed         5
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 from engines.errors import (
     INTERRUPTED_EXIT_CODE,
     CompilerRefused,
+    DeviceFailed,
     InputRejected,
     OutputFailed,
     ReportedError,
@@ -31,6 +33,7 @@ __all__ = [
     "ArchitectureRejected",
     "CheckpointRejected",
     "CompilerRefused",
+    "DeviceFailed",
     "InputRejected",
     "OutputFailed",
     "ReportedError",

@@ -25,8 +25,8 @@ Observer = Callable[[str, Tensor], None]
 PIXELS_AT_ONCE = 4 * 224 * 224
 
 
-def _unobserved(name: str, value: Tensor) -> None:
-    pass
+def unobserved(name: str, value: Tensor) -> None:
+    """The observer that looks away."""
 
 
 def block_tensors(tensors: Mapping[str, Tensor], block: Block, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ def squeezed_and_excited(name: str, own: Mapping[str, Tensor], z: Tensor, observ
     return z * torch.sigmoid(expanded)
 
 
-def block_output(block: Block, own: Mapping[str, Tensor], total: Tensor, observe: Observer = _unobserved) -> Tensor:
+def block_output(block: Block, own: Mapping[str, Tensor], total: Tensor, observe: Observer = unobserved) -> Tensor:
     """What leaves the block, from the sum of its branches."""
     observe(f"{block.name}/conv", total)
     if block.se_channels is not None:
@@ -81,7 +81,7 @@ def block_output(block: Block, own: Mapping[str, Tensor], total: Tensor, observe
     return torch.relu(total)
 
 
-def head_output(tensors: Mapping[str, Tensor], x: Tensor, observe: Observer = _unobserved) -> Tensor:
+def head_output(tensors: Mapping[str, Tensor], x: Tensor, observe: Observer = unobserved) -> Tensor:
     """(N, C, H, W) to (N, classes)."""
     pooled = x.mean(dim=(2, 3))
     scores = functional.linear(pooled, tensors["head.weight"].to(x.dtype), tensors["head.bias"].to(x.dtype))
@@ -91,11 +91,11 @@ def head_output(tensors: Mapping[str, Tensor], x: Tensor, observe: Observer = _u
 
 
 def logits(
-    architecture: Architecture, tensors: Mapping[str, Tensor], images: Tensor, observe: Observer = _unobserved
+    architecture: Architecture, tensors: Mapping[str, Tensor], images: Tensor, observe: Observer = unobserved
 ) -> Tensor:
     """The whole network in the dtype of ``images``: (N, C, H, W) to (N, classes)."""
     with torch.inference_mode():
-        return torch.cat([_logits_at_once(architecture, tensors, part, observe) for part in _parts(images)])
+        return torch.cat([_logits_at_once(architecture, tensors, part, observe) for part in parts_of(images)])
 
 
 def _logits_at_once(architecture: Architecture, tensors: Mapping[str, Tensor], x: Tensor, observe: Observer) -> Tensor:
@@ -107,6 +107,7 @@ def _logits_at_once(architecture: Architecture, tensors: Mapping[str, Tensor], x
     return head_output(tensors, x, observe)
 
 
-def _parts(images: Tensor) -> Iterator[Tensor]:
+def parts_of(images: Tensor) -> Iterator[Tensor]:
+    """A batch in pieces that a float64 convolution has room for, each (at least 1, C, H, W)."""
     pixels = images.shape[2] * images.shape[3]
     yield from torch.split(images, max(1, PIXELS_AT_ONCE // pixels))

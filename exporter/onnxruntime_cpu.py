@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
@@ -12,35 +16,73 @@ from engines.errors import first_line
 from exporter.errors import VerificationFailed
 from exporter.onnx_graph import INPUT, OUTPUT, Graph
 
+Batch = NDArray[np.float32]
 
-def outputs_from_file(path: pathlib.Path, batches: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """Runs an ONNX file as anybody would: default optimizations, one run per batch (N, C, H, W) to (N, classes).
+
+class Session:
+    """A graph that is ready to run. ``fed`` are the weights that are given with each run, not copied."""
+
+    def __init__(
+        self, model: str | bytes, options: onnxruntime.SessionOptions, name: str, fed: Mapping[str, NDArray[Any]]
+    ) -> None:
+        self._name, self._fed = name, fed
+        with _refusals(name):
+            self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def run(self, batch: Batch) -> Batch:
+        """(N, C, H, W) to (N, classes).
+
+        Raises:
+            VerificationFailed: ONNX Runtime refuses the batch.
+        """
+        return self.tensors(batch, [OUTPUT])[0]
+
+    def tensors(self, batch: Batch, names: Sequence[str]) -> list[NDArray[Any]]:
+        """The values of several outputs of the graph."""
+        with _refusals(self._name):
+            found: list[NDArray[Any]] = self._session.run(list(names), {INPUT: batch, **self._fed})
+        return found
+
+
+def session_from_file(path: pathlib.Path) -> Session:
+    """An ONNX file as anybody would run it: default optimizations.
 
     Raises:
         VerificationFailed: ONNX Runtime refuses the file.
     """
-    options = _options()
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return [session.run([OUTPUT], {INPUT: batch})[0] for batch in batches]
-    except Exception as error:
-        raise VerificationFailed(f"{path.name}: ONNX Runtime refuses it ({first_line(error)})") from error
+    return Session(str(path), _options(), path.name, {})
 
 
-def outputs_from_graph(graph: Graph, batches: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """Runs a graph in memory exactly as written, without optimizations; its weights are fed, not copied.
+def session_from_graph(graph: Graph) -> Session:
+    """A graph in memory exactly as written, without optimizations; its weights are fed, not copied.
 
     Raises:
         VerificationFailed: ONNX Runtime refuses the graph.
     """
     options = _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    model = graph.structure.SerializeToString()
+    return Session(graph.structure.SerializeToString(), options, "the graph", graph.weights)
+
+
+def session_from_layers(graph: Graph, names: Sequence[str]) -> Session:
+    """A graph in memory, of which ``names`` are outputs, too.
+
+    Raises:
+        VerificationFailed: ONNX Runtime refuses the graph.
+    """
+    structure = onnx.ModelProto()
+    structure.CopyFrom(graph.structure)
+    present = {value.name for value in structure.graph.output}
+    structure.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    return session_from_graph(Graph(structure, graph.weights))
+
+
+@contextlib.contextmanager
+def _refusals(name: str) -> Iterator[None]:
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        return [session.run([OUTPUT], {INPUT: batch, **graph.weights})[0] for batch in batches]
+        yield
     except Exception as error:
-        raise VerificationFailed(f"ONNX Runtime refuses the graph ({first_line(error)})") from error
+        raise VerificationFailed(f"{name}: ONNX Runtime refuses it ({first_line(error)})") from error
 
 
 def _options() -> onnxruntime.SessionOptions:

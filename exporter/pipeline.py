@@ -1,11 +1,14 @@
 """From a checkpoint to checked files: the page to read first.
 
     model.pt --checkpoint_from_path--> tensors --architecture_from_tensors--> architecture
-      --plain_from_repvgg--> one 3x3 convolution per block, each certified against its own branches
       --reference_from_repvgg--> float64 answers of the branches themselves: what everything else must give
+      --plain_from_repvgg--> one 3x3 convolution per block, each certified against its own branches
       --onnx_from_plain--> float32 graph --typed_from_graph--> a typed graph per precision
       --write_onnx--> files, read back and held to the graph contract, run by ONNX Runtime against the reference
       --engine_from_typed--> engines, audited against their typed graphs, each with a sidecar
+
+Every form of the network computes the same inputs, and the ledger says what each step cost (``exporter.ledger``). What
+no tensor tells is asked of witnesses from outside: the statistics in the batch norms, and the user's own answers.
 
 An engine compiles in a process of its own while the graphs are checked here. Files appear in the output directory at
 the end and together; a run that fails a check leaves them as ``*.rejected``.
@@ -15,52 +18,55 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from engines.build import Progress
 from engines.files import reported_write_errors, sha256_of, write_whole
-from engines.sdk import versions
 from exporter import checks
-from exporter.architecture import Architecture, architecture_from_tensors, check_variant
+from exporter.accuracy import BASELINE, accuracy_from_labels
+from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, check_archive, checkpoint_from_path
 from exporter.description import Subject
-from exporter.images import images_from_npz, noise_images, normalisation
+from exporter.findings import Findings, Notify
+from exporter.images import normalisation
+from exporter.inputs import Inputs, inputs_from_request
 from exporter.interrupts import Uninterrupted
-from exporter.lineages import canonical_from_raw, lineage_from_names
+from exporter.layers import farthest_row, first_departing, layer_stages, layers_of_network, rows_from_stages
+from exporter.ledger import Run, largest_batch
+from exporter.measured import Measured, at_least
 from exporter.model import logits
-from exporter.onnx_file import write_onnx
-from exporter.onnx_graph import onnx_from_plain, structure_from_architecture
-from exporter.onnxruntime_cpu import outputs_from_file, outputs_from_graph
-from exporter.plain import Plain, plain_from_repvgg, relative_error
+from exporter.onnx_file import graph_from_file, write_onnx
+from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
+from exporter.onnxruntime_cpu import Session, session_from_file, session_from_graph
+from exporter.plain import Plain, plain_from_repvgg
 from exporter.precisions import PRECISIONS
 from exporter.processes import Processes
 from exporter.reference import GOLDEN_NAME, Reference, reference_from_repvgg, write_golden
-from exporter.report import Check, EngineRecord, FileRecord, Report, markdown_from_report
+from exporter.report import AccuracyRow, Check, FileRecord, LayerRow, Report, markdown_from_report
+from exporter.repvgg import repvgg_from_checkpoint, training_time_loss
 from exporter.request import Request
 from exporter.staging import REPORT_NAME, SUMMARY_NAME, Staging, staging
 from exporter.typed import (
+    Typed,
     contract_checks_of_typed,
+    engine_check,
     engine_from_typed,
     numeric_checks_of_typed,
+    session_of_typed,
     submit,
     typed_from_graph,
     write_sidecar,
 )
-from exporter.variants import variant_from_name
-from exporter.version import VERSION
 
-Batch = NDArray[np.float32]
-
-Notify = Callable[[str], None]
-"""Told each finding, one line at a time, as it is made."""
+FLOAT32_LOSS_FACTOR = 4.0
+SIMPLIFIED = "ONNX simplified, fp32"
 
 
 def report_from_checkpoint(
@@ -71,7 +77,7 @@ def report_from_checkpoint(
     Raises:
         ReportedError: of the kind and exit code that ``exporter.errors`` lists; nothing is left behind.
     """
-    protected = [path for path in (request.path, request.calibration) if path is not None]
+    protected = [path for path in (request.path, request.calibration, request.labels, request.expect) if path]
     with (
         concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool,
         staging(request.out, pool, protected) as stage,
@@ -83,50 +89,74 @@ def report_from_checkpoint(
         structure = structure_from_architecture(architecture, request.size)
         processes.simplifier.submit(structure.SerializeToString())
         subject = subject_from(request, checkpoint, architecture)
-        images, source = images_from_request(subject)
-        for line in [*subject.lines, f"inputs: {source}"]:
+        inputs = inputs_from_request(request, architecture, subject.normalise)
+        for line in [*subject.lines, f"inputs: {inputs.source}"]:
             notify(line)
 
-        plain = plain_from_repvgg(architecture, tensors)
-        reference = reference_from_repvgg(architecture, tensors, images)
+        found = Findings(notify)
+        reference = reference_from_repvgg(architecture, tensors, inputs.images)
+        plain = plain_from_repvgg(architecture, tensors, inputs.images)
         intact.result()
         tensors.clear()  # with the next line this unmaps the file, whose pages count as this process's memory
         checkpoint.tensors.clear()
+        found.add(checks.fusion_checks(plain, reference.outputs))
+        measured = Measured(reference, largest_batch(architecture, request.size, request.batch[2]))
+        measured.keep_outputs("fused, float64", plain.outputs)
+        measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain))
 
         metadata = functools.partial(subject.metadata, digest.result())
-        structure = onnx.ModelProto.FromString(processes.simplifier.result())
-        graph = onnx_from_plain(plain, structure, metadata("fp32"))
-        found = Findings(notify)
-        found.add(checks.fusion_checks(plain))
-        typed = []
-        for precision in (precision for precision in PRECISIONS if precision.name in request.trt):
-            path = stage.path(f"{request.path.stem}.{precision.name}.onnx")
-            typed.append(typed_from_graph(precision, graph, reference, metadata(precision.name), path))
-            submit(typed[-1], processes.compilers[precision.name], request)
-            stage.seal(*typed[-1].files)
-            found.add(contract_checks_of_typed(typed[-1], plain))
-        run_float32 = functools.partial(outputs_from_graph, graph)
+        measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run)
+        simplified = onnx.ModelProto.FromString(processes.simplifier.result())
+        graph = onnx_from_plain(plain, simplified, metadata("fp32"))
+        typed = typed_from_request(request, graph, plain, reference, metadata, processes, stage, found)
+        float32 = functools.partial(session_from_graph, graph)
         if request.onnx:
             path = stage.path(f"{request.path.stem}.onnx")
             stage.seal(*write_onnx(graph, path))
             found.add([checks.contract_check("fp32", path, plain, graph)])
-            run_float32 = functools.partial(outputs_from_file, path)
+            float32 = functools.partial(session_from_file, path)
         del graph
         plain.tensors.clear()  # the files hold the weights from here on
         return_freed_memory()
-        found.add([check_of_float32(subject, reference, run_float32)])
+        found.add_gated("fp32", check_of_float32(subject, reference, measured, float32))
         for one in typed:
-            found.add(numeric_checks_of_typed(one, reference))
-        engines = []
+            found.add(numeric_checks_of_typed(one, measured))
+        found.add_accuracy(accuracy_from_inputs(inputs, float32, typed, progress), request.max_drop)
+        if request.layers:
+            found.add_layers(*layers_from_run(subject, measured, typed, path if request.onnx else None, found))
         for one in typed:
             record, audit = engine_from_typed(one, processes.compilers[one.precision.name], progress)
             write_sidecar(one, record, subject, digest.result(), stage)
-            found.add([checks.audit_check(one.precision, audit)])
-            engines.append(record)
-        report = report_from_findings(stage, subject, digest.result(), source, plain, reference, found, engines)
+            audited = checks.audit_check(one.precision, audit)
+            found.add_engine(record, [audited, engine_check(one, measured, required="trt" in request.require)])
+        write_golden_vectors(reference, stage)
+        files = [FileRecord(path.name, path.stat().st_size, stage.sha256(path)) for path in stage.files]
+        report = found.report(subject, digest.result(), inputs.source, plain, measured, files)
+        write_report(report, stage)
         interrupts.too_late()
         stage.publish() if report.passed else stage.reject()
     return report
+
+
+def typed_from_request(
+    request: Request,
+    graph: Graph,
+    plain: Plain,
+    reference: Reference,
+    metadata: Callable[[str], Mapping[str, str]],
+    processes: Processes,
+    stage: Staging,
+    found: Findings,
+) -> list[Typed]:
+    """The typed graph of every precision asked for, written and held to the contract; its engine is being compiled."""
+    typed = []
+    for precision in (precision for precision in PRECISIONS if precision.name in request.trt):
+        path = stage.path(f"{request.path.stem}.{precision.name}.onnx")
+        typed.append(typed_from_graph(precision, graph, reference, metadata(precision.name), path))
+        submit(typed[-1], processes.compilers[precision.name], request)
+        stage.seal(*typed[-1].files)
+        found.add(contract_checks_of_typed(typed[-1], plain))
+    return typed
 
 
 def return_freed_memory() -> None:
@@ -136,95 +166,64 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-class Findings:
-    """The checks of a run in order; each is told as it comes."""
-
-    def __init__(self, notify: Notify) -> None:
-        self.checks: list[Check] = []
-        self._notify = notify
-
-    def add(self, found: Sequence[Check]) -> None:
-        """Keeps and tells ``found``."""
-        for check in found:
-            self.checks.append(check)
-            self._notify(f"{'ok  ' if check.passed else 'FAIL'} {check.stage}: {check.detail}")
-
-
-def repvgg_from_checkpoint(checkpoint: Checkpoint, request: Request) -> tuple[Architecture, dict[str, Tensor]]:
-    """The network and its tensors under canonical names, after every check that needs no arithmetic.
-
-    Raises:
-        ArchitectureRejected: not a RepVGG that is known, not a whole one, or not the ``--arch`` that was named.
-    """
-    where = request.path.name
-    lineage = lineage_from_names(list(checkpoint.tensors), where)
-    tensors, unexpected = canonical_from_raw(checkpoint.tensors, lineage, request.ignore_keys)
-    architecture = architecture_from_tensors(
-        tensors, lineage, unexpected=unexpected, where=where, strides=request.strides, eps=request.eps
-    )
-    if request.arch is not None:
-        check_variant(architecture, variant_from_name(request.arch), where)
-    return architecture, tensors
-
-
 def subject_from(request: Request, checkpoint: Checkpoint, architecture: Architecture) -> Subject:
     """Everything about the run that goes into metadata, sidecars and the report."""
     normalise = normalisation(architecture.in_channels, request.mean, request.std)
     return Subject(request, checkpoint.container, checkpoint.others, architecture, normalise)
 
 
-def images_from_request(subject: Subject) -> tuple[NDArray[np.float32], str]:
-    """The four images that everything is compared on, and where they come from, in words."""
-    request, channels = subject.request, subject.architecture.in_channels
-    if request.calibration is None:
-        return noise_images(channels, request.size), "seeded noise (no --calib given)"
-    images = images_from_npz(request.calibration, channels, request.size, subject.normalise)
-    return images, f"the first {len(images)} images of {request.calibration.name}"
-
-
-def check_of_float32(subject: Subject, reference: Reference, run: Callable[[list[Batch]], list[Batch]]) -> Check:
-    """ONNX Runtime's outputs in float32 against the reference."""
+def check_of_float32(
+    subject: Subject, reference: Reference, measured: Measured, session: Callable[[], Session]
+) -> Check:
+    """ONNX Runtime's outputs in float32 against the reference, also in the largest batch."""
     loss = functools.partial(training_time_loss, subject.request, subject.architecture, reference)
-    batches = checks.batches_of(reference.images)
-    return checks.float32_check(reference.outputs, lambda: run(batches), PRECISIONS[0].gate, loss)
+    judge = at_least(PRECISIONS[0].gate, loss, FLOAT32_LOSS_FACTOR)
+    title = "fp32, ONNX Runtime against float64"
+    return measured.check(SIMPLIFIED, title, lambda: session().run, judge, largest=True)
 
 
-def training_time_loss(request: Request, architecture: Architecture, reference: Reference) -> float:
-    """What the training-time network itself loses in float32; reads the checkpoint again, since few runs need it."""
-    tensors = repvgg_from_checkpoint(checkpoint_from_path(request.path), request)[1]
-    outputs = logits(architecture, tensors, torch.from_numpy(reference.images))
-    return relative_error(torch.from_numpy(reference.outputs), outputs.double())
+def outputs_of_plain(plain: Plain, batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The fused network in float32, by torch: (n, C, H, W) to (n, classes)."""
+    outputs: NDArray[np.float32] = logits(plain.architecture, plain.tensors, torch.from_numpy(batch)).numpy()
+    return outputs
 
 
-def report_from_findings(
-    stage: Staging,
-    subject: Subject,
-    checkpoint_sha256: str,
-    inputs: str,
-    plain: Plain,
-    reference: Reference,
-    found: Findings,
-    engines: Sequence[EngineRecord],
-) -> Report:
-    """Writes the golden vectors and the report's files; the report lists every file but itself."""
+def accuracy_from_inputs(
+    inputs: Inputs, float32: Callable[[], Session], typed: Sequence[Typed], progress: Progress
+) -> tuple[AccuracyRow, ...]:
+    """Top-1 of float32 and of each precision that is exported, where there are labels."""
+    if inputs.labelled is None or inputs.labels is None:
+        return ()
+    networks: dict[str, Run] = {BASELINE: float32().run}
+    networks |= {one.precision.name: session_of_typed(one).run for one in typed if one.precision.twin is not None}
+    return accuracy_from_labels(inputs.labelled, inputs.labels, networks, progress)
+
+
+def layers_from_run(
+    subject: Subject, measured: Measured, typed: Sequence[Typed], float32: pathlib.Path | None, found: Findings
+) -> tuple[list[LayerRow], str | None]:
+    """Every form of the network layer by layer; reads the checkpoint again, and the files that were written."""
+    request = subject.request
+    architecture, tensors = repvgg_from_checkpoint(checkpoint_from_path(request.path), request)
+    row = farthest_row(measured.reference, measured.stages)
+    image = measured.images[row : row + 1]
+    graphs = [(SIMPLIFIED, graph_from_file(float32), found.gates[BASELINE])] if float32 is not None else []
+    graphs += [(one.stage, one.computed, one.precision.gate.max_relative_error) for one in typed]
+    stages = layer_stages(architecture, tensors, request.size, image, graphs, found.gates[BASELINE])
+    rows = rows_from_stages(layers_of_network(architecture, tensors, torch.from_numpy(image).double()), stages)
+    return rows, first_departing(rows, stages)
+
+
+def write_golden_vectors(reference: Reference, stage: Staging) -> None:
+    """``golden.npz``."""
     golden = stage.path(GOLDEN_NAME)
     with reported_write_errors(stage.out):
         write_golden(reference, golden)
     stage.seal(golden)
-    files = [FileRecord(path.name, path.stat().st_size, stage.sha256(path)) for path in stage.files]
-    report = Report(
-        version=VERSION,
-        checkpoint=subject.checkpoint_record(checkpoint_sha256),
-        architecture=subject.architecture_record,
-        assumptions=subject.assumptions,
-        inputs=inputs,
-        certificates=tuple(dataclasses.asdict(certificate) for certificate in plain.certificates),
-        checks=tuple(found.checks),
-        engines=tuple(engines),
-        files=tuple(files),
-        versions=versions(),
-    )
+
+
+def write_report(report: Report, stage: Staging) -> None:
+    """The report's files; it lists every file but these."""
     for name, text in ((SUMMARY_NAME, markdown_from_report(report)), (REPORT_NAME, report.to_json())):
         write_whole(stage.path(name), text.encode())
         stage.seal(stage.path(name))
-    return report

@@ -6,10 +6,10 @@ the way, with the user's own weights:
     certificate   per block, the fused convolution against that block's own branches on random input, in float64:
                   max|difference| / max|branches|. It says that the algebra is right, to 1e-12.
     rounding      the same with weights, input and arithmetic in float32, as the file is used. It says what that costs.
-    whole network both networks side by side in float64 on a small random image: the errors of all blocks together.
+    whole network the fused network's outputs in float64, before any rounding, on the images that everything is compared
+                  on: the errors of all blocks together.
 
-One pass over the blocks does all of it. Each convolution runs once on a batch of two, the image on its way through the
-network and the block's own noise, since what it costs here is reading the weights.
+One pass over the blocks does all of it, so that each block's weights are read and converted once.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from exporter import affine
 from exporter.architecture import Architecture, Block
 from exporter.errors import CheckpointRejected
-from exporter.model import block_output, block_tensors, branch_sum, head_output
+from exporter.model import Observer, block_output, block_tensors, branch_sum, head_output, parts_of, unobserved
 
 CERTIFICATE_GATE = 1e-12
-IMAGE_SIZE = 33  # odd all the way down, so that stride 2 meets both borders
+NOISE_SIZE = 33  # odd all the way down, so that stride 2 meets both borders
 SEED = 20211
 
 
@@ -45,17 +47,28 @@ class Certificate:
 class Plain:
     """The deployed network: ``architecture`` has only fused blocks, ``tensors`` are float32 by canonical name.
 
-    ``float64_error`` is the relative error of the whole network's outputs, before any rounding.
+    ``outputs`` (n, classes) are its answers to the images in float64, before any rounding.
     """
 
     architecture: Architecture
     tensors: dict[str, Tensor]
     certificates: tuple[Certificate, ...]
-    float64_error: float
+    outputs: NDArray[np.float64]
 
 
-def plain_from_repvgg(architecture: Architecture, tensors: Mapping[str, Tensor]) -> Plain:
+def plain_from_repvgg(
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    images: NDArray[np.float32],
+    observe: Observer = unobserved,
+) -> Plain:
     """Fuses every block and measures the result.
+
+    Args:
+        architecture: of the training-time network.
+        tensors: by canonical name.
+        images: (n, C, H, W), which go through the fused network in float64.
+        observe: told every tensor on their way.
 
     Raises:
         CheckpointRejected: a fused weight is too large for float32.
@@ -64,31 +77,35 @@ def plain_from_repvgg(architecture: Architecture, tensors: Mapping[str, Tensor])
     certificates: list[Certificate] = []
     written: dict[str, Tensor] = {}
     blocks: list[Block] = []
+    noise_size = NOISE_SIZE
     with torch.inference_mode():
-        trained = fused = _noise((1, architecture.in_channels, IMAGE_SIZE, IMAGE_SIZE), generator)
+        x = torch.from_numpy(images).double()
+        observe("input", x)
         for block in architecture.blocks:
             own = block_tensors(tensors, block, torch.float64)
             convolution = convolution_from_block(block, own, architecture.bn_eps)
             rounded = _rounded(convolution, block)
-            noise = _noise(tuple(trained.shape), generator)
-            truth = branch_sum(block, own, torch.cat([trained, noise]), architecture.bn_eps)
-            found = applied(convolution, torch.cat([fused, noise]))
+            noise = _noise((1, block.in_channels, noise_size, noise_size), generator)
+            truth = branch_sum(block, own, noise, architecture.bn_eps)
             certificate = Certificate(
                 block=block.name,
                 branches=block.branches,
-                error=relative_error(truth[1:], found[1:]),
-                rounding_error=relative_error(truth[1:], applied(rounded, noise.float()).double()),
+                error=relative_error(truth, applied(convolution, noise)),
+                rounding_error=relative_error(truth, applied(rounded, noise.float()).double()),
             )
             certificates.append(certificate)
-            trained, fused = block_output(block, own, truth[:1]), block_output(block, own, found[:1])
+            total = torch.cat([applied(convolution, part) for part in parts_of(x)])
+            x = block_output(block, own, total, observe)
+            observe(block.name, x)
+            noise_size = -(-noise_size // block.stride)
             blocks.append(dataclasses.replace(block, branches=("fused",)))
             written[f"{block.name}.fused.weight"] = rounded.weight
             written[f"{block.name}.fused.bias"] = rounded.bias
-        error = relative_error(head_output(tensors, trained), head_output(tensors, fused))
+        outputs = head_output(tensors, x, observe).numpy()
     for name, tensor in tensors.items():
         if name.startswith("head.") or ".se." in name:
             written[name] = tensor.float().contiguous().clone()  # not a view of the mapped file
-    return Plain(dataclasses.replace(architecture, blocks=tuple(blocks)), written, tuple(certificates), error)
+    return Plain(dataclasses.replace(architecture, blocks=tuple(blocks)), written, tuple(certificates), outputs)
 
 
 def convolution_from_block(block: Block, own: Mapping[str, Tensor], bn_eps: float) -> affine.Convolution:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from engines.build import CompilerProcess
 from engines.process import Process
-from engines.sdk import sdk_for_build
+from engines.sdk import gpu_compute_capability, sdk_for_build
 from exporter.errors import SdkMissing, VerificationFailed
 from exporter.request import Request
 
@@ -62,12 +62,16 @@ def started(request: Request) -> Iterator[Processes]:
     """Starts what ``request`` needs, and ends it all at the end, however that comes.
 
     Raises:
-        SdkMissing: a package is not installed, or no compiler here can do what is asked.
+        SdkMissing: a package is not installed, no compiler here can do what is asked, or a GPU is required and absent.
         UsageError: the cards asked for must not share an engine.
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise SdkMissing(f"{', '.join(missing)}: not installed; pip install 'repvgg-exporter[export,ort]'")
+    if "trt" in request.require and gpu_compute_capability() is None:
+        raise SdkMissing(
+            "--require trt: no GPU answers here, so no engine could be run; run this where one is, or leave it out"
+        )
     with contextlib.ExitStack() as stack:
         compilers = {}
         if request.trt:

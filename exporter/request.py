@@ -15,6 +15,8 @@ LARGEST_BATCH = 65536
 LARGEST_MEAN = 1e6
 SMALLEST_STD = 1e-30
 SDK_NAMES = tuple(sdk.module for sdk in SDKS)
+REQUIREMENTS = ("trt",)
+"""What ``--require`` can turn from "not run" into an error: ``trt``, each engine on a GPU."""
 PRECISION_NAMES = ("fp32", "fp16")
 """The names in ``exporter.precisions.PRECISIONS``, held equal by a test; reading them there would import onnx."""
 
@@ -23,7 +25,8 @@ PRECISION_NAMES = ("fp32", "fp16")
 class Request:
     """One export. None means the default: inferred from the tensors, from the channels, or chosen for this machine.
 
-    ``size`` is (height, width) in pixels; ``mean`` and ``std`` are per channel, in units of pixels scaled to 0..1.
+    ``size`` is (height, width) in pixels; ``mean`` and ``std`` are per channel, in units of pixels scaled to 0..1;
+    ``max_drop`` is in percentage points of top-1; ``require`` names what must not be left out, of REQUIREMENTS.
     """
 
     path: pathlib.Path
@@ -38,6 +41,11 @@ class Request:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     calibration: pathlib.Path | None = None
+    labels: pathlib.Path | None = None
+    max_drop: float | None = None
+    expect: pathlib.Path | None = None
+    layers: bool = False
+    require: tuple[str, ...] = ()
     sdk: str | None = None
     gpu: tuple[int, ...] = ()
     ignore_keys: tuple[str, ...] = ()
@@ -63,6 +71,7 @@ class Request:
             raise UsageError(f"--mean: every value must be a number below {LARGEST_MEAN:g}, in units of pixels in 0..1")
         if self.std is not None and not all(SMALLEST_STD <= value < LARGEST_MEAN for value in self.std):
             raise UsageError(f"--std: every value must be from {SMALLEST_STD:g} on, in units of pixels in 0..1")
+        self._check_proof()
         if self.sdk is not None and self.sdk not in SDK_NAMES:
             raise UsageError(f"--sdk {self.sdk}: unknown; choose from {', '.join(SDK_NAMES)}")
         for path in (self.path, self.out):
@@ -74,6 +83,17 @@ class Request:
                 ) from None
         if self.arch is not None:
             variant_from_name(self.arch)
+
+    def _check_proof(self) -> None:
+        if self.max_drop is not None and not 0 <= self.max_drop <= 100:
+            raise UsageError(f"--max-drop: {self.max_drop} is not a number of percentage points from 0 to 100")
+        if self.max_drop is not None and self.labels is None:
+            raise UsageError("--max-drop: needs --labels with images to count right answers on")
+        for name in self.require:
+            if name not in REQUIREMENTS:
+                raise UsageError(f"--require {name}: unknown; choose from {', '.join(REQUIREMENTS)}")
+        if "trt" in self.require and not self.trt:
+            raise UsageError("--require trt: no engine is asked for; name its precision with --trt")
 
 
 def _check_precision(name: str, calibration: pathlib.Path | None) -> None:

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engines.audit import Audit, audit_of_file
 from engines.build import CompilerProcess, Progress
@@ -14,11 +15,14 @@ from engines.compiler import Request as CompilerRequest
 from engines.files import write_whole
 from engines.manifest import Manifest, sidecar_path
 from engines.plan import header_from_file
+from engines.sdk import gpu_compute_capability
 from exporter import checks
 from exporter.description import Subject
+from exporter.errors import DeviceFailed, SdkMissing
+from exporter.measured import Measured, fixed
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import BATCH, INPUT, OUTPUT, Graph, with_metadata
-from exporter.onnxruntime_cpu import outputs_from_graph
+from exporter.onnxruntime_cpu import Session, session_from_graph
 from exporter.plain import Plain
 from exporter.precisions import Precision
 from exporter.reference import GOLDEN_NAME, Reference
@@ -37,6 +41,16 @@ class Typed:
     files: tuple[pathlib.Path, ...]
     onnx: pathlib.Path
     engine: pathlib.Path
+
+    @property
+    def stage(self) -> str:
+        """What it is called in the ledger."""
+        return f"{self.precision.name}, explicit-cast twin" if self.precision.twin else f"{self.precision.name} graph"
+
+    @property
+    def computed(self) -> Graph:
+        """The graph that ONNX Runtime computes with this precision's rounding and range."""
+        return self.precision.twin(self.graph) if self.precision.twin else self.graph
 
 
 def typed_from_graph(
@@ -66,13 +80,48 @@ def contract_checks_of_typed(typed: Typed, plain: Plain) -> list[Check]:
     ]
 
 
-def numeric_checks_of_typed(typed: Typed, reference: Reference) -> list[Check]:
+def numeric_checks_of_typed(typed: Typed, measured: Measured) -> list[Check]:
     """The typed graph's rounding and range, where ONNX Runtime does not show them by itself."""
     if typed.precision.twin is None:
         return []
-    twin = typed.precision.twin(typed.graph)
-    batches = checks.batches_of(reference.images)
-    return [checks.twin_check(typed.precision, reference.outputs, lambda: outputs_from_graph(twin, batches))]
+    gate = fixed(typed.precision.gate)
+    return [measured.check(typed.stage, f"{typed.stage} against float64", lambda: session_of_typed(typed).run, gate)]
+
+
+def session_of_typed(typed: Typed) -> Session:
+    """The typed graph with its precision's rounding and range, ready to run.
+
+    Raises:
+        VerificationFailed: ONNX Runtime refuses it.
+    """
+    return session_from_graph(typed.computed)
+
+
+def engine_check(typed: Typed, measured: Measured, *, required: bool) -> Check:
+    """The engine itself, on this machine's GPU; a check that is not run where there is none.
+
+    Raises:
+        SdkMissing: ``required``, and the engine cannot be run here.
+    """
+    name = f"{typed.precision.name}, engine on its GPU"
+    title, gate = f"{name} against float64", fixed(typed.precision.gate)
+    try:
+        if gpu_compute_capability() is None:
+            raise SdkMissing("no GPU answers here")
+        from engines.runner import load
+
+        with load(typed.engine) as runner:
+
+            def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+                return runner.run({INPUT: batch})[OUTPUT]
+
+            return measured.check(name, title, lambda: run, gate, largest=True)
+    except SdkMissing as missing:
+        if required:
+            raise
+        return Check(title, passed=None, value=None, gate=None, detail=f"not run: {missing}; see engines verify")
+    except DeviceFailed as failure:
+        return Check(title, passed=False, value=None, gate=None, detail=str(failure))
 
 
 def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progress) -> tuple[EngineRecord, Audit]:

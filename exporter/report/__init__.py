@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from exporter.report.markdown import markdown_from_report
 from exporter.report.record import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
+from exporter.report.text import lines_from_ledger
 
 __all__ = [
     "AccuracyRow",
@@ -13,5 +14,6 @@ __all__ = [
     "LayerRow",
     "LedgerRow",
     "Report",
+    "lines_from_ledger",
     "markdown_from_report",
 ]

@@ -52,8 +52,8 @@ class LayerRow:
 class AccuracyRow:
     """Top-1 of one precision on labelled images, as fractions of ``images``.
 
-    ``drop`` is float32's top-1 minus this one's, ``standard_error`` that of the paired difference, ``agreement`` the part
-    of the images on which the two name the same class.
+    ``drop`` is float32's top-1 minus this one's, ``standard_error`` that of the paired difference, ``agreement`` the
+    part of the images on which the two name the same class.
     """
 
     precision: str
@@ -91,8 +91,8 @@ class EngineRecord:
 class Report:
     """Everything a run found. ``passed`` is the verdict: no check failed.
 
-    ``first_departing_layer`` and ``layers`` are there where a run was asked for layers, ``witness`` where it had images,
-    ``accuracy`` where it had labels. ``gates`` has the largest relative error allowed in each precision.
+    ``first_departing_layer`` and ``layers`` are there where a run was asked for layers, ``witness`` where it had
+    images, ``accuracy`` where it had labels. ``gates`` has the largest relative error allowed in each precision.
     """
 
     version: str

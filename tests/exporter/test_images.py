@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from exporter.errors import InputRejected, UsageError
-from exporter.images import Normalisation, images_from_npz, noise_images, normalisation
+from exporter.dataset import dataset_from_npz
+from exporter.images import Normalisation, noise_images, normalisation
 
 THREE = Normalisation((0.5, 0.25, 0.0), (0.5, 2.0, 0.1), assumed=False)
 ONE = Normalisation((0.5,), (0.25,), assumed=False)
@@ -33,6 +34,11 @@ def npz(tmp_path):
         return tmp_path / "images.npz"
 
     return save
+
+
+def images_from_npz(path, channels, size, normalise):
+    """The four images that everything is compared on."""
+    return dataset_from_npz(path, channels, size, normalise).first(4)
 
 
 def rejected(path, channels=3, size=SIZE, normalise=THREE):

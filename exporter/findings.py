@@ -1,0 +1,94 @@
+"""What a run finds as it goes along, told line by line, and put together into the report at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from engines.parity import GATES
+from engines.sdk import versions
+from exporter.accuracy import accuracy_check
+from exporter.description import Subject
+from exporter.measured import Measured
+from exporter.plain import Plain
+from exporter.report import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, Report, lines_from_ledger
+from exporter.version import VERSION
+
+Notify = Callable[[str], None]
+"""Told each finding, one line at a time, as it is made."""
+
+MARKS = {True: "ok  ", False: "FAIL", None: "skip"}
+
+
+class Findings:
+    """The checks of a run in order, and what else its report will hold."""
+
+    def __init__(self, notify: Notify) -> None:
+        self.checks: list[Check] = []
+        self.gates = {name: gate.max_relative_error for name, gate in GATES.items()}
+        self.accuracy: tuple[AccuracyRow, ...] = ()
+        self.layers: tuple[LayerRow, ...] = ()
+        self.first_departing_layer: str | None = None
+        self.witness: dict[str, Any] | None = None
+        self.engines: list[EngineRecord] = []
+        self._notify = notify
+
+    def add(self, found: Sequence[Check]) -> None:
+        """Keeps and tells ``found``."""
+        for check in found:
+            self.checks.append(check)
+            self._notify(f"{MARKS[check.passed]} {check.stage}: {check.detail}")
+
+    def add_gated(self, precision: str, check: Check) -> None:
+        """The check that decides on a precision; its gate is what the precision must keep to from then on."""
+        if check.gate is not None:
+            self.gates[precision] = check.gate
+        self.add([check])
+
+    def add_engine(self, record: EngineRecord, found: Sequence[Check]) -> None:
+        """An engine and its checks."""
+        self.engines.append(record)
+        self.add(found)
+
+    def add_accuracy(self, rows: Sequence[AccuracyRow], max_drop: float | None) -> None:
+        """Top-1 of each precision, as a verdict where ``max_drop`` says how much may be lost."""
+        self.accuracy = tuple(rows)
+        self.add([accuracy_check(row, max_drop) for row in rows])
+
+    def add_layers(self, rows: Sequence[LayerRow], first_departing: str | None) -> None:
+        """The ledger by layers."""
+        self.layers, self.first_departing_layer = tuple(rows), first_departing
+        self._notify(f"layers: {f'the first that departs is {first_departing}' if first_departing else 'none departs'}")
+
+    def report(
+        self,
+        subject: Subject,
+        checkpoint_sha256: str,
+        inputs: str,
+        plain: Plain,
+        measured: Measured,
+        files: Sequence[FileRecord],
+    ) -> Report:
+        """Everything found, about ``files``."""
+        ledger = measured.ledger
+        for line in lines_from_ledger(ledger):
+            self._notify(line)
+        return Report(
+            version=VERSION,
+            checkpoint=subject.checkpoint_record(checkpoint_sha256),
+            architecture=subject.architecture_record,
+            assumptions=subject.assumptions,
+            inputs=inputs,
+            certificates=tuple(dataclasses.asdict(certificate) for certificate in plain.certificates),
+            checks=tuple(self.checks),
+            ledger=ledger,
+            layers=self.layers,
+            first_departing_layer=self.first_departing_layer,
+            accuracy=self.accuracy,
+            witness=self.witness,
+            gates=self.gates,
+            engines=tuple(self.engines),
+            files=tuple(files),
+            versions=versions(),
+        )

@@ -1,0 +1,47 @@
+"""What a run is proved on, opened and checked before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.architecture import Architecture
+from exporter.dataset import Dataset, dataset_from_npz
+from exporter.images import GOLDEN_IMAGES, Normalisation, noise_images
+from exporter.request import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """``images`` (4, C, H, W) float32 are what every form of the network is compared on; ``source`` says where from.
+
+    ``calibration`` and ``labelled`` are the whole files, where given, with the ``labels`` (N,) of the latter.
+    """
+
+    images: NDArray[np.float32]
+    source: str
+    calibration: Dataset | None
+    labelled: Dataset | None
+    labels: NDArray[np.int64] | None
+
+
+def inputs_from_request(request: Request, architecture: Architecture, normalise: Normalisation) -> Inputs:
+    """Opens the files that ``request`` names.
+
+    Raises:
+        InputRejected: one cannot be read, or does not fit the network.
+    """
+    channels = architecture.in_channels
+    calibration = labelled = labels = None
+    if request.calibration is not None:
+        calibration = dataset_from_npz(request.calibration, channels, request.size, normalise, "--calib")
+    if request.labels is not None:
+        labelled = dataset_from_npz(request.labels, channels, request.size, normalise, "--labels")
+        labels = labelled.labels(architecture.classes)
+    chosen = calibration or labelled
+    if chosen is None:
+        return Inputs(noise_images(channels, request.size), "seeded noise (no --calib given)", None, None, None)
+    source = f"the first {GOLDEN_IMAGES} images of {chosen.path.name}"
+    return Inputs(chosen.first(GOLDEN_IMAGES), source, calibration, labelled, labels)

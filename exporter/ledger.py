@@ -1,0 +1,108 @@
+"""The ledger: the same inputs through every form of the network, and what each step on the way cost.
+
+    stage s, outputs y_s        reference r = training-time network in float64
+    a row of s                  compare(r, y_s)                      how far from the truth (``engines.parity``)
+    added by s                  max|y_s - y_(s-1)| / max|r|          what this step, and not those before it, did
+
+Images go through in batches of one and of three; the float32 graph and engines, also in the largest batch that engines
+are built for, in a shuffled repetition, so that a graph that mixes up the rows of a batch is seen. Of an expensive
+network that batch is made smaller, to LARGEST_WORK; its size stands in the row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.parity import compare
+from exporter.architecture import Architecture
+from exporter.errors import VerificationFailed
+from exporter.report import LedgerRow
+from exporter.workload import multiply_accumulates
+
+LARGEST_WORK = 50e9
+"""Multiply-accumulates that the largest batch may take here: about a second on two cores."""
+SEED = 20212
+
+Outputs = NDArray[np.floating]
+Run = Callable[[NDArray[np.float32]], Outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One form of the network: its outputs, and the rows of the inputs that they belong to, batch by batch."""
+
+    name: str
+    outputs: Outputs
+    rows: tuple[tuple[int, ...], ...]
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The sizes of the batches."""
+        return tuple(len(rows) for rows in self.rows)
+
+    @property
+    def order(self) -> list[int]:
+        """Which input each output belongs to."""
+        return [row for rows in self.rows for row in rows]
+
+
+def whole_stage(name: str, outputs: Outputs) -> Stage:
+    """A stage that computed all inputs at once."""
+    return Stage(name, outputs, (tuple(range(len(outputs))),))
+
+
+def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: int = 0) -> Stage:
+    """Runs ``images`` in batches of one and the rest, and, where ``largest`` exceeds that, in one of ``largest``.
+
+    Raises:
+        VerificationFailed: from ``run``, or because a batch came back in another number of rows.
+    """
+    rows = [(0,), tuple(range(1, len(images)))]
+    if largest > len(rows[1]):
+        repeated = np.resize(np.arange(len(images)), largest)
+        rows.append(tuple(np.random.Generator(np.random.PCG64(SEED)).permutation(repeated).tolist()))
+    outputs = []
+    for batch in rows:
+        found = run(np.ascontiguousarray(images[list(batch)]))
+        if len(found) != len(batch):
+            raise VerificationFailed(f"{name}: a batch of {len(batch)} came back as {len(found)} rows")
+        outputs.append(found)
+    return Stage(name, np.concatenate(outputs), tuple(rows))
+
+
+def largest_batch(architecture: Architecture, size: tuple[int, int], wanted: int) -> int:
+    """``wanted``, or as many images as LARGEST_WORK allows."""
+    return min(wanted, int(LARGEST_WORK // multiply_accumulates(architecture, size)))
+
+
+def ledger_from_stages(reference: NDArray[np.float64], stages: Sequence[Stage]) -> tuple[LedgerRow, ...]:
+    """A row for each stage, in order.
+
+    Args:
+        reference: (n, classes), of the training-time network in float64.
+        stages: of outputs (rows, classes).
+
+    Raises:
+        ValueError: outputs of another shape.
+    """
+    rows = []
+    before = whole_stage("reference", reference)
+    scale = float(np.abs(reference).max())
+    for stage in stages:
+        comparison = compare(reference[stage.order], stage.outputs)
+        rows.append(LedgerRow(stage.name, comparison, _added(before, stage, scale), stage.batches))
+        before = stage
+    return tuple(rows)
+
+
+def _added(before: Stage, stage: Stage, scale: float) -> float:
+    """The largest difference of the two on the same inputs; a NaN stays one."""
+    first = {row: before.outputs[place] for place, row in reversed(list(enumerate(before.order)))}
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        earlier = np.stack([first[row] for row in stage.order]).astype(np.float64)
+        worst = float(np.abs(stage.outputs.astype(np.float64) - earlier).max())
+        return worst / scale if scale else (0.0 if worst == 0 else float("inf"))

@@ -1,0 +1,89 @@
+"""Every form of one network on the same inputs: run, judged, and kept for the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.parity import Comparison, Gate, compare
+from exporter.errors import DeviceFailed, VerificationFailed
+from exporter.ledger import Outputs, Run, Stage, ledger_from_stages, stage_from_run, whole_stage
+from exporter.onnx_graph import OUTPUT
+from exporter.reference import Reference
+from exporter.report import Check, LedgerRow
+
+Judge = Callable[[Comparison], Gate]
+"""The gate for a comparison; it may depend on the comparison, where a wider one costs work to find."""
+
+
+class Measured:
+    """Begins with the reference and grows by a stage at a time. ``largest`` is the largest batch that is run here."""
+
+    def __init__(self, reference: Reference, largest: int) -> None:
+        self.images: NDArray[np.float32] = reference.images
+        self.reference: NDArray[np.float64] = reference.outputs
+        self.stages: list[Stage] = []
+        self._largest = largest
+
+    @property
+    def ledger(self) -> tuple[LedgerRow, ...]:
+        """A row for each stage so far."""
+        return ledger_from_stages(self.reference, self.stages)
+
+    def keep(self, name: str, opened: Callable[[], Run]) -> None:
+        """Runs a stage that is not judged; one that cannot be run is left out, and the checks after it say why."""
+        with contextlib.suppress(VerificationFailed):
+            self.stages.append(stage_from_run(name, opened(), self.images))
+
+    def keep_outputs(self, name: str, outputs: Outputs) -> None:
+        """A stage that was computed elsewhere, on all images at once."""
+        self.stages.append(whole_stage(name, outputs))
+
+    def check(self, name: str, title: str, opened: Callable[[], Run], judge: Judge, *, largest: bool = False) -> Check:
+        """Runs a stage and judges it.
+
+        Args:
+            name: of the stage, in the ledger.
+            title: of the check.
+            opened: gives what runs (n, C, H, W) to (n, classes).
+            judge: gives the gate.
+            largest: whether to run the largest batch, too.
+        """
+        try:
+            stage = stage_from_run(name, opened(), self.images, self._largest if largest else 0)
+            comparison = compare(self.reference[stage.order], stage.outputs)
+        except (VerificationFailed, DeviceFailed, ValueError) as error:
+            return Check(title, passed=False, value=None, gate=None, detail=f"{OUTPUT}: {error}")
+        self.stages.append(stage)
+        gate = judge(comparison)
+        failure = gate.failure(comparison)
+        detail = (
+            f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
+            f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {comparison.top1_agreement:.0%} of {comparison.rows}"
+        )
+        return Check(
+            title,
+            failure is None,
+            comparison.relative_error,
+            gate.max_relative_error,
+            f"{failure}; {detail}" if failure else detail,
+        )
+
+
+def fixed(gate: Gate) -> Judge:
+    """The judge that always has the same gate."""
+    return lambda comparison: gate
+
+
+def at_least(gate: Gate, loss: Callable[[], float], factor: float) -> Judge:
+    """``gate``, or ``factor`` times ``loss()`` where that is larger; ``loss`` is called only when ``gate`` fails."""
+
+    def judge(comparison: Comparison) -> Gate:
+        if comparison.non_finite or gate.failure(comparison) is None:
+            return gate
+        return Gate(max(gate.max_relative_error, factor * loss()), gate.top1)
+
+    return judge
