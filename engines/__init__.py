@@ -1,6 +1,24 @@
-"""Engines on disk: built, read and audited. Imports numpy at most; never torch, never ``exporter``."""
+"""Engines on disk: built, read, audited, verified and run. Imports numpy at most; never torch, never ``exporter``."""
 
-from engines.build import Build, build
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from engines.build import Build, build  # here and now: the module of that name would take the function's place later
 from engines.errors import ReportedError
+from engines.version import VERSION
 
-__all__ = ["Build", "ReportedError", "build"]
+if TYPE_CHECKING:
+    from engines.runner import Runner, load
+
+__all__ = ["Build", "ReportedError", "Runner", "__version__", "build", "load"]
+
+__version__ = VERSION
+
+
+def __getattr__(name: str) -> Any:
+    """``load`` and ``Runner``, which bring numpy, are imported when they are first asked for."""
+    if name not in ("Runner", "load"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("engines.runner"), name)

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.errors import InputRejected
+from engines.onnx_file import Node, OnnxFile
 from engines.plan import (
     AUDITED_VERSIONS,
     NUMPY_DTYPES,
@@ -94,6 +96,38 @@ class Audit:
 
 def _short(dtype: str) -> str:
     return {"float16": "FP16", "float32": "FP32", "int8": "INT8"}.get(dtype, dtype)
+
+
+def expected_from_onnx(onnx: OnnxFile) -> tuple[list[ExpectedConvolution], list[ExpectedMatrix]]:
+    """What an engine compiled from a typed ONNX file must hold; see ``expected_from_nodes``."""
+    return expected_from_nodes(onnx.nodes, onnx.weights, str(onnx.path))
+
+
+def expected_from_nodes(
+    nodes: Sequence[Node], weights: Mapping[str, NDArray[Any]], where: str
+) -> tuple[list[ExpectedConvolution], list[ExpectedMatrix]]:
+    """Every Conv, with the ReLU that reads it, and every Gemm; ``where`` names the graph in errors.
+
+    Raises:
+        InputRejected: one of them has no bias, or reads a weight or bias that is not stored in the file.
+    """
+    relu_of = {node.inputs[0]: node.name for node in nodes if node.op_type == "Relu" and node.inputs}
+
+    def stored(node: Node) -> list[NDArray[Any]]:
+        if len(node.inputs) != 3 or not node.outputs or not all(name in weights for name in node.inputs[1:]):
+            raise InputRejected(
+                f"{where}: {node.op_type} {node.name} has no stored weight and bias; export it with python -m exporter"
+            )
+        return [weights[name] for name in node.inputs[1:]]
+
+    convolutions = [
+        ExpectedConvolution(node.name, relu_of.get(node.outputs[0]), weight, bias)
+        for node in nodes
+        if node.op_type == "Conv"
+        for weight, bias in [stored(node)]
+    ]
+    matrices = [ExpectedMatrix(node.name, *stored(node)) for node in nodes if node.op_type == "Gemm"]
+    return convolutions, matrices
 
 
 def audit_of_file(

@@ -1,4 +1,4 @@
-"""Typed ONNX in, engine out, each engine compiled in a fresh process (``engines.compiler`` says why)."""
+"""Typed ONNX in, audited engine with its sidecar out; each compiled in a fresh process (``engines.compiler``)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,37 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from engines.compiler import Request
-from engines.errors import CompilerRefused, InputRejected, OutputFailed, ReportedError, SdkMissing, first_line
-from engines.files import reported_write_errors
+from engines.arguments import check_batch
+from engines.audit import Audit, audit_of_file, expected_from_onnx
+from engines.compiler import Options, Request
+from engines.errors import (
+    CompilerRefused,
+    InputRejected,
+    OutputFailed,
+    ReportedError,
+    SdkMissing,
+    UsageError,
+    VerificationFailed,
+    first_line,
+    listed,
+)
+from engines.files import reported_write_errors, sha256_of, synced
+from engines.manifest import Manifest, sidecar_path
+from engines.onnx_file import OnnxFile, onnx_file_from_path
+from engines.plan import header_from_file
 from engines.process import Process
+from engines.replacement import replace_together
 from engines.sdk import Sdk, sdk_for_build
+from engines.sidecar import compute_capabilities, manifest_from_build, origin_from_onnx
+
+REJECTED = ".rejected"
+DEFAULT_OPTIONS = Options()
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase's name, the steps done and the steps there are."""
@@ -23,7 +45,7 @@ Progress = Callable[[str, int, int], None]
 HINTS = (
     ("MIN<=OPT<=MAX", "give --batch as MIN:OPT:MAX in this order"),
     ("FP32 GEMM is not supported", "Turing (sm75) takes fp16 only: use --trt fp16, or leave sm75 out of --gpu"),
-    ("workspace", "the compiler found no kernel within its memory limit: free memory, or export a smaller --batch"),
+    ("workspace", "the compiler found no kernel within its memory limit: free memory, or give a larger --workspace"),
     ("cudaError 35", "the compiler asked for a GPU driver and found none: build for named cards with --gpu"),
     ("insufficient driver", "the GPU driver is older than this SDK: update the driver"),
     ("SM89", "this precision needs an sm89 card or newer: leave older cards out of --gpu"),
@@ -31,13 +53,35 @@ HINTS = (
 )
 
 
+UNAVAILABLE = {
+    "tensorrt_rtx": {
+        "timing_cache": "it has none",
+        "version_compatible": "its engines run in the very release that made them",
+        "hardware_compatibility": "it takes no level; name the cards with --gpu instead",
+    }
+}
+"""By SDK, the options that it would ignore or fail on, and why."""
+
+
 @dataclasses.dataclass(frozen=True)
-class Build:
-    """A finished engine: where it is, which SDK of which version made it, and how long that took."""
+class Compilation:
+    """A compiled engine: where it is, which SDK of which version made it, and how long that took."""
 
     engine: pathlib.Path
     sdk: str
     sdk_version: str
+    seconds: float
+    warnings: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """An engine and its sidecar, audited and in place."""
+
+    engine: pathlib.Path
+    sidecar: pathlib.Path
+    manifest: Manifest
+    audit: Audit
     seconds: float
     warnings: tuple[str, ...]
 
@@ -60,7 +104,7 @@ class CompilerProcess(Process):
         self._engine = pathlib.Path(request.engine)
         self.send(json.dumps(dataclasses.asdict(request)).encode() + b"\n")
 
-    def result(self, progress: Progress | None = None) -> Build:
+    def result(self, progress: Progress | None = None) -> Compilation:
         """Waits for the engine.
 
         Raises:
@@ -79,7 +123,7 @@ class CompilerProcess(Process):
                 raise self._failure(message)
             elif message["kind"] == "done":
                 seconds = time.monotonic() - self._started
-                return Build(self._engine, self.sdk.module, message["version"], seconds, tuple(warnings))
+                return Compilation(self._engine, self.sdk.module, message["version"], seconds, tuple(warnings))
         raise CompilerRefused(f"{self.sdk.title} ended without an answer ({self.last_words()})")
 
     def _failure(self, message: dict[str, Any]) -> ReportedError:
@@ -90,6 +134,9 @@ class CompilerProcess(Process):
             return OutputFailed(
                 f"{self._engine}: cannot be written ({text}); give --out a writable directory with space left"
             )
+        if message["reason"] == "timing cache":
+            problem = message["text"].rpartition(";")[0]
+            return OutputFailed(f"{problem}; give --timing-cache a file that can be written, or leave it out")
         hint = next((hint for pattern, hint in HINTS if pattern in message["text"]), None)
         return CompilerRefused(f"{self.sdk.title} refused the graph: {text}" + (f" [{hint}]" if hint else ""))
 
@@ -101,35 +148,88 @@ def build(
     sdk: str | None = None,
     gpu: Sequence[int] = (),
     batch: tuple[int, int, int] = (1, 8, 32),
+    options: Options = DEFAULT_OPTIONS,
     progress: Progress | None = None,
 ) -> Build:
-    """Compiles a typed ONNX file into an engine file.
+    """Compiles a typed ONNX file of the exporter into an engine, audits that, and writes its sidecar beside it.
 
     Args:
         onnx: a graph whose precision stands in its types; see ``exporter.precisions``.
-        engine: the file to write; it appears whole or not at all.
+        engine: the file to write; it and ``<engine>.json`` appear whole and together, or not at all.
         sdk: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for the first where it and a GPU are, else the second.
         gpu: compute capabilities to build for, as in ``(86, 89)``; empty for the SDK's default.
         batch: minimum, optimum and maximum batch of the optimization profile.
+        options: see ``engines.compiler.Options``.
         progress: called as the build goes on.
 
     Raises:
+        VerificationFailed: the engine is not what the graph says; it is kept as ``<engine>.rejected``.
         InputRejected, UsageError, SdkMissing, CompilerRefused, OutputFailed: see ``engines.errors``.
     """
     source, target = pathlib.Path(onnx), pathlib.Path(engine)
     if not source.is_file():
         raise InputRejected(f"{source}: no such ONNX file; export it first with --onnx")
+    check_batch(batch)
     chosen = sdk_for_build(sdk, gpu)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    check_options(chosen, options)
+    graph = onnx_file_from_path(source)
+    origin_from_onnx(graph)
+    if target.is_dir():
+        raise OutputFailed(f"{target}: cannot be written (it is a directory); name a file with --out")
+    with _folder_beside(target) as folder:
+        partial = folder / target.name
+        request = Request(str(source), str(partial), batch, tuple(gpu), options)
+        try:
+            with CompilerProcess(chosen) as process:
+                process.submit(request)
+                made = process.result(progress)
+        except OutputFailed as error:
+            raise OutputFailed(str(error).replace(str(partial), str(target))) from error
+        return _put_in_place(made, graph, request, target)
+
+
+def check_options(sdk: Sdk, options: Options) -> None:
+    """Raises ``UsageError`` for an option that ``sdk`` would quietly ignore."""
+    for name, reason in UNAVAILABLE.get(sdk.module, {}).items():
+        if getattr(options, name):
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag}: not for {sdk.title}: {reason}; leave it out, or build with --sdk tensorrt")
+
+
+@contextlib.contextmanager
+def _folder_beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A hidden directory on the same file system, removed at the end."""
+    with reported_write_errors(target):
+        folder = pathlib.Path(tempfile.mkdtemp(prefix=".build-", dir=target.parent))
     try:
-        with CompilerProcess(chosen) as process:
-            process.submit(Request(str(source), str(partial), batch, tuple(gpu)))
-            made = process.result(progress)
-        with reported_write_errors(target):
-            partial.replace(target)
-    except OutputFailed as error:
-        raise OutputFailed(str(error).replace(str(partial), str(target))) from error
+        yield folder
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-    return dataclasses.replace(made, engine=target)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_in_place(made: Compilation, graph: OnnxFile, request: Request, target: pathlib.Path) -> Build:
+    """Audits the engine, and moves it to ``target`` with its sidecar; one that does not pass, to ``*.rejected``."""
+    audit = audit_of_file(made.engine, *expected_from_onnx(graph))
+    if audit.problems:
+        rejected = target.with_name(target.name + REJECTED)
+        with reported_write_errors(rejected):
+            made.engine.replace(rejected)
+        found = listed(list(audit.problems), 3)
+        raise VerificationFailed(f"{target}: engine audit: {found}; kept as {rejected.name}, do not use it")
+    manifest = manifest_from_build(
+        graph,
+        name=target.name,
+        sha256={"onnx": sha256_of(graph.path), "engine": sha256_of(made.engine)},
+        sdk={"name": made.sdk, "version": made.sdk_version},
+        cards=compute_capabilities(header_from_file(made.engine), request.options),
+        batch=request.batch,
+        audit=audit,
+    )
+    sidecar = sidecar_path(made.engine)
+    with reported_write_errors(sidecar_path(target)):
+        sidecar.write_text(manifest.to_json(), encoding="utf-8")
+        synced(sidecar)
+        earlier = made.engine.parent / ".earlier"
+        earlier.mkdir()
+    replace_together({made.engine: target, sidecar: sidecar_path(target)}, earlier)
+    return Build(target, sidecar_path(target), manifest, audit, made.seconds, made.warnings)

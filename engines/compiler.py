@@ -21,7 +21,46 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from engines.errors import OutputFailed, UsageError
+from engines.files import write_whole
+
+HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
+"""The names of trt.HardwareCompatibilityLevel, in small letters; each is one that an engine can be asked for."""
+
+OPTIMIZATION_LEVELS = range(6)
+LARGEST_WORKSPACE = 1 << 20
+
 Emit = Callable[[dict[str, Any]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to compile, beyond what the graph says; None, like False, leaves a choice to the SDK.
+
+    ``workspace`` is the most memory that a kernel may use while it runs, in MiB. ``timing_cache`` is a file that is
+    read if it is there, and written back. ``hardware_compatibility`` is a name of HARDWARE_COMPATIBILITY.
+    ``optimization_level`` is one of OPTIMIZATION_LEVELS, from the fastest build to the fastest engine.
+    """
+
+    workspace: int | None = None
+    timing_cache: str | None = None
+    version_compatible: bool = False
+    hardware_compatibility: str | None = None
+    optimization_level: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ``UsageError`` for what no SDK could take."""
+        if self.workspace is not None and not 1 <= self.workspace <= LARGEST_WORKSPACE:
+            raise UsageError(f"--workspace: {self.workspace} MiB is outside 1 to {LARGEST_WORKSPACE}")
+        if self.hardware_compatibility not in (None, *HARDWARE_COMPATIBILITY):
+            offered = ", ".join(HARDWARE_COMPATIBILITY)
+            raise UsageError(f"--hardware-compatibility {self.hardware_compatibility}: unknown; choose from {offered}")
+        if self.optimization_level not in (None, *OPTIMIZATION_LEVELS):
+            raise UsageError(
+                f"--optimization-level: {self.optimization_level} is outside 0 to {OPTIMIZATION_LEVELS[-1]}"
+            )
+        if self.timing_cache is not None and pathlib.Path(self.timing_cache).is_dir():
+            raise UsageError(f"--timing-cache {self.timing_cache}: a directory; name a file")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,23 +71,33 @@ class Request:
     engine: str
     batch: tuple[int, int, int]
     cards: tuple[int, ...]
+    options: Options = Options()
 
     @classmethod
     def from_json(cls, line: str) -> Request:
         """The inverse of ``json.dumps(dataclasses.asdict(request))``."""
         fields = json.loads(line)
-        return cls(fields["onnx"], fields["engine"], tuple(fields["batch"]), tuple(fields["cards"]))
+        options = Options(**fields["options"])
+        return cls(fields["onnx"], fields["engine"], tuple(fields["batch"]), tuple(fields["cards"]), options)
 
 
 class Refusal(Exception):
     """The compiler said no; the text is its own."""
 
 
-def engine_from_onnx(trt: Any, request: Request, emit: Emit) -> Any:
-    """Compiles a typed ONNX file with the SDK module ``trt``; returns the serialized engine as a buffer.
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """The serialized engine, a buffer, and the timing cache to write back, empty where none was asked for."""
+
+    engine: Any
+    timing_cache: bytes
+
+
+def engine_from_onnx(trt: Any, request: Request, emit: Emit) -> Compiled:
+    """Compiles a typed ONNX file with the SDK module ``trt``.
 
     Raises:
-        Refusal: the parser or the builder failed.
+        Refusal: the parser or the builder failed, or the timing cache is not of this machine.
     """
     errors: list[str] = []
     logger = _logger(trt, emit, errors)
@@ -64,10 +113,37 @@ def engine_from_onnx(trt: Any, request: Request, emit: Emit) -> Any:
         config.num_compute_capabilities = len(request.cards)
         for index, card in enumerate(request.cards):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{card}"), index)
+    _set_options(trt, config, request.options)
+    cache = _timing_cache(config, request.options.timing_cache)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise Refusal("; ".join(errors) or "the builder returned nothing and gave no reason")
-    return engine
+    return Compiled(engine, b"" if cache is None else bytes(cache.serialize()))
+
+
+def _set_options(trt: Any, config: Any, options: Options) -> None:
+    # On unless cleared, and then a float32 convolution is computed with 10 bits of mantissa: not what the graph says.
+    config.clear_flag(trt.BuilderFlag.TF32)
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
+    if options.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.hardware_compatibility is not None:
+        level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatibility.upper())
+        config.hardware_compatibility_level = level
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+
+
+def _timing_cache(config: Any, path: str | None) -> Any | None:
+    """The cache that ``config`` now uses: the file's, or an empty one."""
+    if path is None:
+        return None
+    file = pathlib.Path(path)
+    cache = config.create_timing_cache(file.read_bytes() if file.exists() else b"")
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise Refusal(f"the timing cache {path} is damaged, or of another version or GPU; remove it")
+    return cache
 
 
 def _set_profile(builder: Any, network: Any, config: Any, batch: Sequence[int]) -> None:
@@ -121,6 +197,26 @@ def _write(path: pathlib.Path, engine: Any) -> None:
         os.fsync(file.fileno())
 
 
+def _answer(trt: Any, request: Request, emit: Emit) -> dict[str, Any]:
+    """Compiles and writes; the last thing that is said."""
+    try:
+        compiled = engine_from_onnx(trt, request, emit)
+    except Refusal as error:
+        return {"kind": "failed", "reason": "compiler", "text": str(error)}
+    except Exception as error:
+        return {"kind": "failed", "reason": "compiler", "text": f"{type(error).__name__}: {error}"}
+    try:
+        _write(pathlib.Path(request.engine), compiled.engine)
+    except OSError as error:
+        return {"kind": "failed", "reason": "write", "text": error.strerror or str(error)}
+    if request.options.timing_cache is not None:
+        try:
+            write_whole(pathlib.Path(request.options.timing_cache), compiled.timing_cache)
+        except OutputFailed as error:
+            return {"kind": "failed", "reason": "timing cache", "text": str(error)}
+    return {"kind": "done", "version": trt.__version__}
+
+
 def _stop_with_parent() -> None:
     while os.read(0, 4096):
         pass
@@ -144,22 +240,9 @@ def main(arguments: Sequence[str]) -> int:
     if not line:
         return 1
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    request = Request.from_json(line)
-    try:
-        engine = engine_from_onnx(trt, request, emit)
-    except Refusal as error:
-        emit({"kind": "failed", "reason": "compiler", "text": str(error)})
-        return 1
-    except Exception as error:
-        emit({"kind": "failed", "reason": "compiler", "text": f"{type(error).__name__}: {error}"})
-        return 1
-    try:
-        _write(pathlib.Path(request.engine), engine)
-    except OSError as error:
-        emit({"kind": "failed", "reason": "write", "text": error.strerror or str(error)})
-        return 1
-    emit({"kind": "done", "version": trt.__version__})
-    return 0
+    answer = _answer(trt, Request.from_json(line), emit)
+    emit(answer)
+    return 0 if answer["kind"] == "done" else 1
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def is_installed(sdk: Sdk) -> bool:
     return importlib.util.find_spec(sdk.module) is not None
 
 
-def gpu_compute_capability() -> int | None:
-    """Compute capability of GPU 0 as in 86 for 8.6, asked of the driver; None without a driver or GPU."""
+def gpu_compute_capability(index: int = 0) -> int | None:
+    """Compute capability of a GPU as in 86 for 8.6, asked of the driver; None without a driver or such a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -50,7 +50,7 @@ def gpu_compute_capability() -> int | None:
     major_attribute, minor_attribute = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR of cuda.h
     failed = (
         driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceGet(ctypes.byref(device), index)
         or driver.cuDeviceGetAttribute(ctypes.byref(major), major_attribute, device)
         or driver.cuDeviceGetAttribute(ctypes.byref(minor), minor_attribute, device)
     )

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporter.errors import CheckpointRejected, first_line, listed
+from exporter.errors import CheckpointRejected, NotFinite, first_line, listed
 
 # The place for further containers, such as the exponential moving averages: tried in this order.
 CONTAINERS = ("state_dict", "model", "params", "net")
@@ -52,6 +52,16 @@ def checkpoint_from_path(path: pathlib.Path) -> Checkpoint:
     tensors = _without_prefixes(state, path)
     _check_values(tensors, path)
     return Checkpoint(path, tensors, container, others)
+
+
+def is_checkpoint(path: pathlib.Path) -> bool:
+    """Whether a file begins as one of torch.save or safetensors does; what cannot be read does not."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(16)
+    except (OSError, ValueError):
+        return False
+    return head.startswith((_ZIP, _PICKLE)) or head[8:9] == b"{"
 
 
 def check_archive(path: pathlib.Path) -> None:
@@ -204,9 +214,7 @@ def _check_values(tensors: Mapping[str, Tensor], path: pathlib.Path) -> None:
         )
     bad = [name for name, tensor in tensors.items() if name not in counters and not _is_finite(tensor)]
     if bad:
-        raise CheckpointRejected(
-            f"{path}: {listed(bad)}: NaN or infinite; the training run diverged or the file is damaged"
-        )
+        raise NotFinite(f"{path}: {listed(bad)}: NaN or infinite; the training run diverged or the file is damaged")
     negative = [name for name, t in tensors.items() if name.endswith("running_var") and (t.float() < 0).any()]
     if negative:
         raise CheckpointRejected(f"{path}: {listed(negative)}: a negative variance; the file is damaged, copy it again")

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from exporter.errors import INTERRUPTED_EXIT_CODE, ReportedError, UsageError, VerificationFailed, first_line
@@ -27,6 +27,7 @@ from exporter.version import VERSION
 
 if TYPE_CHECKING:
     from engines.build import Progress
+    from exporter.report import Report
 
 DESCRIPTION = """\
 Exports a trained RepVGG to ONNX and TensorRT, and proves that what was written computes the same network.
@@ -41,13 +42,16 @@ be used; 4 a needed SDK or GPU is missing, or the compiler refused; 5 output cou
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Whose errors are raised, as every other error is."""
+
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see python -m exporter --help")
+        """Raises ``UsageError``."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m exporter",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -69,15 +73,7 @@ def _parser() -> _Parser:
     )
     made.add_argument("--gpu", metavar="smNN[,smNN]", help="cards to build for (default: the SDK's own choice)")
 
-    told = parser.add_argument_group("what the tensors cannot tell")
-    told.add_argument("--strides", metavar="S,S,S,S,S", help="stride of the first block of stage0 to stage4")
-    told.add_argument("--eps", metavar="E", help="epsilon of the batch norms (default: that of the lineage's code)")
-    told.add_argument(
-        "--mean", metavar="M[,M,M]", help="normalisation in units of 0..1 (default: ImageNet's; 0.5 for one channel)"
-    )
-    told.add_argument("--std", metavar="S[,S,S]", help="as --mean")
-    told.add_argument("--arch", metavar="NAME", help="a published variant (A0 ... B3g4, D2se) that it must be")
-    told.add_argument("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors that may go unused")
+    add_assumptions(parser)
 
     proof = parser.add_argument_group("what to prove it on")
     proof.add_argument(
@@ -96,12 +92,44 @@ def _parser() -> _Parser:
         "--require", action="append", default=[], metavar="trt", help="trt: fail where no GPU can run the engines"
     )
 
+    said = add_output(parser)
+    said.add_argument("--junit", type=pathlib.Path, metavar="FILE", help="write the checks as JUnit XML, for CI")
+    return parser
+
+
+def add_assumptions(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what no tensor does."""
+    told = parser.add_argument_group("what the tensors cannot tell")
+    told.add_argument("--strides", metavar="S,S,S,S,S", help="stride of the first block of stage0 to stage4")
+    told.add_argument("--eps", metavar="E", help="epsilon of the batch norms (default: that of the lineage's code)")
+    told.add_argument(
+        "--mean", metavar="M[,M,M]", help="normalisation in units of 0..1 (default: ImageNet's; 0.5 for one channel)"
+    )
+    told.add_argument("--std", metavar="S[,S,S]", help="as --mean")
+    told.add_argument("--arch", metavar="NAME", help="a published variant (A0 ... B3g4, D2se) that it must be")
+    told.add_argument("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors that may go unused")
+
+
+def assumptions_from(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a ``Request`` that ``add_assumptions`` and ``--size`` are about."""
+    return {
+        "size": size_from_text(arguments.size),
+        "strides": None if arguments.strides is None else strides_from_text(arguments.strides),
+        "eps": None if arguments.eps is None else _one_number("--eps", arguments.eps, "1e-5"),
+        "arch": arguments.arch,
+        "mean": None if arguments.mean is None else floats_from_text("--mean", arguments.mean),
+        "std": None if arguments.std is None else floats_from_text("--std", arguments.std),
+        "ignore_keys": tuple(arguments.ignore_keys),
+    }
+
+
+def add_output(parser: argparse.ArgumentParser) -> Any:
+    """The flags about what is printed; returns their group."""
     said = parser.add_argument_group("what to print")
     said.add_argument("--quiet", action="store_true", help="print nothing but errors")
     said.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
-    said.add_argument("--junit", type=pathlib.Path, metavar="FILE", help="write the checks as JUnit XML, for CI")
     said.add_argument("--debug", action="store_true", help="print the traceback of an error")
-    return parser
+    return said
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -112,13 +140,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         out=arguments.out or pathlib.Path(checkpoint.stem or "exported"),
         onnx=arguments.onnx or not trt,
         trt=tuple(trt),
-        size=size_from_text(arguments.size),
         batch=batch_from_text(arguments.batch),
-        strides=None if arguments.strides is None else strides_from_text(arguments.strides),
-        eps=None if arguments.eps is None else _one_number("--eps", arguments.eps, "1e-5"),
-        arch=arguments.arch,
-        mean=None if arguments.mean is None else floats_from_text("--mean", arguments.mean),
-        std=None if arguments.std is None else floats_from_text("--std", arguments.std),
         calibration=arguments.calib,
         labels=arguments.labels,
         max_drop=None if arguments.max_drop is None else _one_number("--max-drop", arguments.max_drop, "0.5"),
@@ -127,7 +149,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         require=tuple(arguments.require),
         sdk=arguments.sdk,
         gpu=() if arguments.gpu is None else cards_from_text(arguments.gpu),
-        ignore_keys=tuple(arguments.ignore_keys),
+        **assumptions_from(arguments),
     )
 
 
@@ -160,9 +182,17 @@ def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     from exporter.run import report_from_request
 
     request = _request(arguments)
+    _check_junit(arguments.junit, request)
     talkative = not (arguments.quiet or arguments.json)
     with _progress(shown=talkative) as progress:
-        report = report_from_request(request, print if talkative else _silent, progress, interrupts)
+        try:
+            report = report_from_request(request, print if talkative else _silent, progress, interrupts)
+        except ReportedError as error:
+            if arguments.junit is not None:
+                _write_junit_of_error(arguments.junit, error, request)
+            raise
+    if arguments.junit is not None:
+        _write_junit(arguments.junit, report)
     if arguments.json:
         sys.stdout.write(report.to_json())
     if not report.passed:
@@ -179,18 +209,45 @@ def _silent(line: str) -> None:
     pass
 
 
+def _check_junit(path: pathlib.Path | None, request: Request) -> None:
+    read = [given for given in (request.path, request.calibration, request.labels, request.expect) if given is not None]
+    if path is not None and path.resolve() in [given.resolve() for given in read]:
+        raise UsageError(f"--junit {path}: would overwrite the run's own input; give another name")
+
+
+def _write_junit(path: pathlib.Path, report: Report) -> None:
+    from engines.files import write_whole
+    from exporter.report import junit_from_report
+
+    write_whole(path, junit_from_report(report).encode())
+
+
+def _write_junit_of_error(path: pathlib.Path, error: ReportedError, request: Request) -> None:
+    from engines.files import write_whole
+    from exporter.report import junit_from_error
+
+    write_whole(path, junit_from_error(error, request.path.name).encode())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; every expected error is one line on stderr.
+    """Exports, and returns the exit code; every expected error is one line on stderr.
 
     Without ``argv`` it is the whole process, and takes its signals over for good.
     """
+    return exit_code_of(_parser(), _run, argv)
+
+
+def exit_code_of(
+    parser: Parser, run: Callable[[argparse.Namespace, Interrupts], int], argv: Sequence[str] | None
+) -> int:
+    """Parses ``argv``, calls ``run``, and turns what it raises into one line on stderr and an exit code."""
     interrupts = Interrupts()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show is no reason to fail
     debug = "--debug" in (sys.argv if argv is None else argv)
     try:
-        code = _run(_parser().parse_args(argv), interrupts)
+        code = run(parser.parse_args(argv), interrupts)
         sys.stdout.flush()
         return code
     except ReportedError as error:

@@ -5,6 +5,7 @@ ReportedError
  |- UsageError           2
  |- InputRejected        3
  |   |- CheckpointRejected     the file, or what it holds
+ |   |   '- NotFinite          it holds NaN or infinity
  |   '- ArchitectureRejected   the tensors do not make a RepVGG, or not the one asked for
  |- SdkMissing           4
  |- CompilerRefused      4
@@ -35,6 +36,7 @@ __all__ = [
     "CompilerRefused",
     "DeviceFailed",
     "InputRejected",
+    "NotFinite",
     "OutputFailed",
     "ReportedError",
     "SdkMissing",
@@ -47,6 +49,10 @@ __all__ = [
 
 class CheckpointRejected(InputRejected):
     """The checkpoint file cannot be read, or holds no usable weights."""
+
+
+class NotFinite(CheckpointRejected):
+    """A weight is NaN or infinite."""
 
 
 class ArchitectureRejected(InputRejected):

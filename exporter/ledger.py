@@ -25,6 +25,7 @@ from exporter.workload import multiply_accumulates
 
 LARGEST_WORK = 50e9
 """Multiply-accumulates that the largest batch may take here: about a second on two cores."""
+IMAGES_AT_ONCE = 32
 SEED = 20212
 
 Outputs = NDArray[np.floating]
@@ -56,12 +57,13 @@ def whole_stage(name: str, outputs: Outputs) -> Stage:
 
 
 def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: int = 0) -> Stage:
-    """Runs ``images`` in batches of one and the rest, and, where ``largest`` exceeds that, in one of ``largest``.
+    """Runs ``images``, of which there are two at least, in a batch of one and the rest; then one of ``largest``.
 
     Raises:
         VerificationFailed: from ``run``, or because a batch came back in another number of rows.
     """
-    rows = [(0,), tuple(range(1, len(images)))]
+    rest = range(1, len(images))
+    rows = [(0,), *(tuple(rest[start : start + IMAGES_AT_ONCE]) for start in range(0, len(rest), IMAGES_AT_ONCE))]
     if largest > len(rows[1]):
         repeated = np.resize(np.arange(len(images)), largest)
         rows.append(tuple(np.random.Generator(np.random.PCG64(SEED)).permutation(repeated).tolist()))

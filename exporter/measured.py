@@ -15,6 +15,9 @@ from exporter.onnx_graph import OUTPUT
 from exporter.reference import Reference
 from exporter.report import Check, LedgerRow
 
+FLOAT32_LOSS_FACTOR = 4.0
+"""Float32 may lose so many times what the training-time network itself loses in it."""
+
 Judge = Callable[[Comparison], Gate]
 """The gate for a comparison; it may depend on the comparison, where a wider one costs work to find."""
 

@@ -20,13 +20,22 @@ Batch = NDArray[np.float32]
 
 
 class Session:
-    """A graph that is ready to run. ``fed`` are the weights that are given with each run, not copied."""
+    """A graph that is ready to run.
+
+    ``fed`` are the weights that are given with each run, not copied; ``names`` are the graph's input and output.
+    """
 
     def __init__(
-        self, model: str | bytes, options: onnxruntime.SessionOptions, name: str, fed: Mapping[str, NDArray[Any]]
+        self,
+        model: str | bytes,
+        options: onnxruntime.SessionOptions,
+        title: str,
+        fed: Mapping[str, NDArray[Any]],
+        names: tuple[str, str] = (INPUT, OUTPUT),
     ) -> None:
-        self._name, self._fed = name, fed
-        with _refusals(name):
+        self._title, self._fed = title, fed
+        self._input, self._output = names
+        with _refusals(title):
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def run(self, batch: Batch) -> Batch:
@@ -35,25 +44,25 @@ class Session:
         Raises:
             VerificationFailed: ONNX Runtime refuses the batch.
         """
-        return self.tensors(batch, [OUTPUT])[0]
+        return self.tensors(batch, [self._output])[0]
 
     def tensors(self, batch: Batch, names: Sequence[str]) -> list[NDArray[Any]]:
         """The values of several outputs of the graph."""
-        with _refusals(self._name):
-            found: list[NDArray[Any]] = self._session.run(list(names), {INPUT: batch, **self._fed})
+        with _refusals(self._title):
+            found: list[NDArray[Any]] = self._session.run(list(names), {self._input: batch, **self._fed})
         return found
 
 
-def session_from_file(path: pathlib.Path) -> Session:
+def session_from_file(path: pathlib.Path, names: tuple[str, str] = (INPUT, OUTPUT)) -> Session:
     """An ONNX file as anybody would run it: default optimizations.
 
     Raises:
         VerificationFailed: ONNX Runtime refuses the file.
     """
-    return Session(str(path), _options(), path.name, {})
+    return Session(str(path), _options(), path.name, {}, names)
 
 
-def session_from_graph(graph: Graph) -> Session:
+def session_from_graph(graph: Graph, names: tuple[str, str] = (INPUT, OUTPUT)) -> Session:
     """A graph in memory exactly as written, without optimizations; its weights are fed, not copied.
 
     Raises:
@@ -61,7 +70,7 @@ def session_from_graph(graph: Graph) -> Session:
     """
     options = _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return Session(graph.structure.SerializeToString(), options, "the graph", graph.weights)
+    return Session(graph.structure.SerializeToString(), options, "the graph", graph.weights, names)
 
 
 def session_from_layers(graph: Graph, names: Sequence[str]) -> Session:

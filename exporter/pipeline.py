@@ -40,7 +40,7 @@ from exporter.inputs import Inputs, inputs_from_request
 from exporter.interrupts import Uninterrupted
 from exporter.layers import farthest_row, first_departing, layer_stages, layers_of_network, rows_from_stages
 from exporter.ledger import Run, largest_batch
-from exporter.measured import Measured, at_least
+from exporter.measured import FLOAT32_LOSS_FACTOR, Measured, at_least
 from exporter.model import logits
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
@@ -65,7 +65,6 @@ from exporter.typed import (
     write_sidecar,
 )
 
-FLOAT32_LOSS_FACTOR = 4.0
 SIMPLIFIED = "ONNX simplified, fp32"
 
 

@@ -1,3 +1,5 @@
-"""The version, in the one place that pyproject.toml also reads."""
+"""The version; ``engines`` has it, since a serving machine knows nothing of ``exporter``."""
 
-VERSION = "0.1.0"
+from engines.version import VERSION
+
+__all__ = ["VERSION"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from exporter.report.junit import junit_from_error, junit_from_report
 from exporter.report.markdown import markdown_from_report
-from exporter.report.record import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
+from exporter.report.record import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report, plain_json
 from exporter.report.text import lines_from_ledger
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "LayerRow",
     "LedgerRow",
     "Report",
+    "junit_from_error",
+    "junit_from_report",
     "lines_from_ledger",
     "markdown_from_report",
+    "plain_json",
 ]

@@ -1,33 +1,148 @@
-"""``report.md``: the report for a person, and for a CI job's summary."""
+"""``report.md``: the report for a person, and for a CI job's summary.
+
+Names and messages come from files and from other software, so everything that is not markup of this module is escaped:
+what Markdown, HTML or a table would read as its own shows as itself. A job's summary takes 1 MiB and shows nothing of a
+longer one, so the text is cut at LARGEST_SIZE; what matters most stands first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+import re
+from collections.abc import Iterable, Sequence
 
-from exporter.report.record import Report
+from exporter.errors import listed
+from exporter.report.record import AccuracyRow, Check, LayerRow, LedgerRow, Report
+
+LARGEST_SIZE = 900 * 1024
+"""Of the whole text, in bytes of UTF-8."""
+LARGEST_CELL = 1000
+"""Of one cell's text, in characters."""
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
+LEDGER_COLUMNS = (
+    "stage", "max abs", "mean abs", "relative", "SQNR dB", "cosine", "top-1", "flips", "non-finite", "added", "batches",
+)  # fmt: skip
+
+
+class Markup(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
 
 
 def markdown_from_report(report: Report) -> str:
     """The whole report as Markdown with tables."""
     checkpoint, architecture = report.checkpoint, report.architecture
-    parts = [
-        f"# {checkpoint['name']}: {report.verdict}",
-        f"{architecture['title']}, {checkpoint['lineage']} naming, {checkpoint['form']} form. "
-        f"SHA-256 of the checkpoint: `{checkpoint['sha256']}`. Compared on {report.inputs}.",
-        _section("Checks", ("stage", "result", "found"), _checks(report)),
-        _section("Assumptions", ("what", "value"), report.assumptions.items()),
-        _section("Engines", ("file", "made by", "cards", "audit"), _engines(report)),
-        _section(
-            "Fusion, block by block", ("block", "branches", "error", "as written in float32"), _certificates(report)
-        ),
-        _section("Files", ("file", "bytes", "SHA-256"), ((f.name, f.bytes, f"`{f.sha256}`") for f in report.files)),
-        _section("Versions", ("package", "version"), report.versions.items()),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return document(
+        f"{escaped(checkpoint['name'])}: {report.verdict}",
+        [
+            f"{escaped(architecture['title'])}, {checkpoint['lineage']} naming, {checkpoint['form']} form. "
+            f"SHA-256 of the checkpoint: {code(checkpoint['sha256'])}. Compared on {escaped(report.inputs)}.",
+            section("Checks", ("stage", "result", "found"), map(_check, report.checks)),
+            section("Ledger", LEDGER_COLUMNS, map(ledger_cells, report.ledger)),
+            _layers(report.layers, report.first_departing_layer),
+            section("Accuracy", ("precision", "images", "top-1", "drop", "agreement"), map(_accuracy, report.accuracy)),
+            section("Assumptions", ("what", "value"), report.assumptions.items()),
+            section("Engines", ("file", "made by", "cards", "audit"), _engines(report)),
+            section(
+                "Fusion, block by block", ("block", "branches", "error", "as written in float32"), _certificates(report)
+            ),
+            section(
+                "Files",
+                ("file", "bytes", "SHA-256"),
+                ((file.name, file.bytes, code(file.sha256) if file.sha256 else "none") for file in report.files),
+            ),
+            section("Versions", ("package", "version"), report.versions.items()),
+        ],
+    )
 
 
-def _checks(report: Report) -> Iterable[tuple[str, str, str]]:
-    return ((check.stage, "pass" if check.passed else "**FAIL**", check.detail) for check in report.checks)
+def document(title: str, parts: Iterable[str]) -> str:
+    """A heading of Markdown and the ``parts`` that are not empty, cut where a job's summary would not take more."""
+    text = "\n\n".join(part for part in (f"# {title}", *parts) if part) + "\n"
+    encoded = text.encode()
+    if len(encoded) <= LARGEST_SIZE:
+        return text
+    kept = encoded[:LARGEST_SIZE].decode(errors="ignore").rpartition("\n")[0]
+    return f"{kept}\n\nThe rest is left out: it is more than a job's summary takes.\n"
+
+
+def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A heading with a table; empty without rows. Cells that are not ``Markup`` are escaped."""
+    lines = [[_cell(cell) for cell in row] for row in rows]
+    if not lines:
+        return ""
+    table = [[_cell(column) for column in columns], ["---"] * len(columns), *lines]
+    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def escaped(text: str) -> Markup:
+    """Text that shows as it is, in one line and outside of a code span."""
+    return Markup(_SPECIAL.sub(_escape, _one_line(text)))
+
+
+def code(text: str) -> Markup:
+    """A code span of any text, also in a table."""
+    line = _one_line(text).replace("|", "\\|")
+    longest = max((len(run) for run in re.findall("`+", line)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return Markup(f"{fence}{space}{line}{space}{fence}")
+
+
+def ledger_cells(row: LedgerRow) -> tuple[object, ...]:
+    """One row of the ledger, for LEDGER_COLUMNS."""
+    found = row.comparison
+    return (
+        row.stage,
+        f"{found.max_abs_error:.1e}",
+        f"{found.mean_abs_error:.1e}",
+        f"{found.relative_error:.1e}",
+        f"{found.sqnr_db:.1f}",
+        f"{found.cosine:.9f}",
+        f"{found.top1_agreement:.2%} of {found.rows}",
+        flips_in_words(row),
+        found.non_finite,
+        f"{row.added:.1e}",
+        ", ".join(map(str, row.batches)),
+    )
+
+
+def flips_in_words(row: LedgerRow) -> str:
+    """How many rows name another class, with the reference's margins in them, and how many no error explains."""
+    found = row.comparison
+    if not found.flips:
+        return "0"
+    margins = listed([f"{flip.margin:.1e}" for flip in found.flips])
+    decided = f", {found.decided_flips} beyond the error's reach" if found.decided_flips else ""
+    return f"{len(found.flips)} (margins {margins}){decided}"
+
+
+def result_in_words(check: Check) -> str:
+    """``pass``, ``FAIL`` or ``not run``."""
+    return "not run" if check.passed is None else "pass" if check.passed else "FAIL"
+
+
+def _check(check: Check) -> tuple[str, str, str]:
+    result = result_in_words(check)
+    return check.stage, Markup(f"**{result}**") if check.passed is False else result, check.detail
+
+
+def _layers(layers: Sequence[LayerRow], first_departing: str | None) -> str:
+    stages = list(dict.fromkeys(itertools.chain.from_iterable(row.errors for row in layers)))
+    table = section(
+        "Layers",
+        ("layer", *stages),
+        ((row.layer, *(f"{row.errors[s]:.1e}" if s in row.errors else "" for s in stages)) for row in layers),
+    )
+    if not table:
+        return ""
+    departs = f"The first that departs is **{escaped(first_departing)}**." if first_departing else "None departs."
+    return f"{table}\n\nRelative errors of each layer's output. {departs}"
+
+
+def _accuracy(row: AccuracyRow) -> tuple[object, ...]:
+    drop = f"{100 * row.drop:+.2f} points (standard error {100 * row.standard_error:.2f})"
+    return row.precision, row.images, f"{row.top1:.2%}", drop, f"{row.agreement:.2%}"
 
 
 def _engines(report: Report) -> Iterable[tuple[str, str, str, str]]:
@@ -41,9 +156,19 @@ def _certificates(report: Report) -> Iterable[tuple[str, str, str, str]]:
         yield row["block"], " + ".join(row["branches"]), f"{row['error']:.1e}", f"{row['rounding_error']:.1e}"
 
 
-def _section(title: str, columns: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    if not cells:
-        return ""
-    lines = [columns, ["---"] * len(columns), *cells]
-    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _cell(value: object) -> str:
+    return str(value) if isinstance(value, Markup) else escaped(str(value))
+
+
+def _one_line(text: str) -> str:
+    """One line of bounded length, in which a character that cannot be seen, or would turn the text, is spelled out."""
+    line = " ".join(text.split())
+    line = line if len(line) <= LARGEST_CELL else line[: LARGEST_CELL - 3] + "..."
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in line
+    )
+
+
+def _escape(match: re.Match[str]) -> str:
+    char = match[0]
+    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(char, f"\\{char}")

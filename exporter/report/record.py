@@ -143,14 +143,17 @@ class Report:
     def to_json(self) -> str:
         """``report.json``. Numbers that JSON has no word for (NaN, infinity) become null."""
         fields = {"schema": SCHEMA, "passed": self.passed, "verdict": self.verdict, **dataclasses.asdict(self)}
-        return json.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
+        return json.dumps(plain_json(fields), indent=2, allow_nan=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """``value`` for ``json.dumps``: dataclasses as objects; NaN and infinity, for which JSON has no word, as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain_json(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain_json(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain_json(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,0 +1,75 @@
+"""``golden.npz``: four inputs and the float64 answers of the training-time network, which travel with every engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import InputRejected, first_line
+
+GOLDEN_NAME = "golden.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """``images`` (n, C, H, W) float32, normalised; ``outputs`` (n, classes) float64."""
+
+    images: NDArray[np.float32]
+    outputs: NDArray[np.float64]
+
+    @property
+    def contrast(self) -> float:
+        """How far apart the two most alike answers to different images are: max|difference| / max|output|.
+
+        A wrong order of the rows is seen only by a comparison whose gate is below this. Infinite for a single image; 0
+        where every class, or every image, has the same answer: then nothing can be told from these vectors.
+        """
+        scale = float(np.abs(self.outputs).max())
+        if scale == 0 or (self.outputs.shape[1] > 1 and (self.outputs == self.outputs[:, :1]).all()):
+            return 0.0
+        pairs = itertools.combinations(range(len(self.outputs)), 2)
+        apart = [
+            float(np.abs(self.outputs[a] - self.outputs[b]).max())
+            for a, b in pairs
+            if not np.array_equal(self.images[a], self.images[b])
+        ]
+        return min(apart) / scale if apart else float("inf")
+
+
+def golden_from_file(path: pathlib.Path) -> Golden:
+    """Reads the vectors.
+
+    Raises:
+        InputRejected: not an ``.npz`` of finite ``input`` float32 (n, C, H, W) and ``output`` float64 (n, classes).
+    """
+    images, outputs = _arrays(path)
+    for name, array, dtype, rank in (("input", images, "float32", 4), ("output", outputs, "float64", 2)):
+        if array.dtype != dtype or array.ndim != rank or array.size == 0:
+            raise _rejected(path, f"{name} is {array.dtype} {array.shape}; expected {dtype} of {rank} dimensions")
+        if not np.isfinite(array).all():
+            raise _rejected(path, f"{name} holds NaN or infinite values")
+    if len(images) != len(outputs):
+        raise _rejected(path, f"{len(images)} inputs and {len(outputs)} outputs")
+    return Golden(images, outputs)
+
+
+def _arrays(path: pathlib.Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    try:
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")  # about old headers, which are either read or refused
+            with np.load(file, allow_pickle=False) as archive:
+                return np.asarray(archive["input"]), np.asarray(archive["output"])
+    except FileNotFoundError:
+        raise InputRejected(f"{path}: no such file, so there is nothing to compare with; copy it along") from None
+    except Exception as error:  # damaged archives raise from zipfile, zlib and numpy alike
+        raise _rejected(path, f"not an .npz with input and output ({first_line(error)})") from error
+
+
+def _rejected(path: pathlib.Path, problem: str) -> InputRejected:
+    return InputRejected(f"{path}: {problem}; export again, or copy the file again")

@@ -1,0 +1,253 @@
+"""Is what lies here what was exported, and does it still compute the network? Answered without torch.
+
+    listed      every file that ``report.json`` lists is there with its size and SHA-256
+    golden      the golden vectors can be read, and differ enough that a wrong answer can be seen in them
+    integrity   an engine, its sidecar and its header agree
+    audit       an engine's file against its typed ONNX file: kernels, dtypes, fusion, every weight bit for bit
+    run         the file computes the golden vectors within the gate, in a batch of one and a batch of the rest
+
+A finding is a pass, a failure, or, where this machine cannot tell, neither. No failure ends the others' checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Collection, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.audit import audit_of_file, expected_from_onnx
+from engines.errors import InputRejected, ReportedError, SdkMissing, listed
+from engines.files import sha256_of
+from engines.golden import GOLDEN_NAME, Golden, golden_from_file
+from engines.integrity import cards_text, check_sdk_installed, checked_engine
+from engines.kind import ENGINE_SUFFIX, ONNX, kind_of_file
+from engines.manifest import Manifest, sidecar_path
+from engines.onnx_file import onnx_file_from_path
+from engines.parity import GATES, Gate, compare
+from engines.plan import Header
+from engines.report_file import REPORT_NAME, ReportFile, report_from_file
+from engines.runner import Runner, load
+from engines.sdk import gpu_compute_capability
+
+LEAST_CONTRAST = 1e-9
+LISTED, GOLDEN, INTEGRITY, AUDIT, RUN = "listed", "golden", "integrity", "audit", "run"
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One check of one file; ``detail`` says what was found.
+
+    ``passed`` is None where it could not be made here. ``engine`` tells an engine's own checks from the others.
+    """
+
+    file: str
+    check: str
+    passed: bool | None
+    detail: str
+    value: float | None = None
+    gate: float | None = None
+    engine: bool = False
+
+    @property
+    def stage(self) -> str:
+        """As in ``model.fp16.engine, integrity``."""
+        return f"{self.file}, {self.check}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """How to verify: ``static`` leaves engines unrun, ``device`` is their GPU, ``provider`` is ONNX Runtime's."""
+
+    static: bool = False
+    device: int = 0
+    provider: str | None = None
+
+    def findings_of_folder(self, folder: pathlib.Path) -> Iterator[Finding]:
+        """Everything that an export wrote to ``folder``, and every other engine and ONNX file of ours in it.
+
+        Raises:
+            InputRejected: no export was written there.
+            SdkMissing: the provider asked for is not here.
+        """
+        if not (folder / REPORT_NAME).is_file():
+            raise InputRejected(f"{folder}: has no {REPORT_NAME}, so no export wrote it; give its directory, or a file")
+        report = None
+        try:
+            report = report_from_file(folder / REPORT_NAME)
+            yield from _listed_findings(report, folder)
+        except InputRejected as error:
+            yield Finding(REPORT_NAME, LISTED, passed=False, detail=str(error))
+        yield _golden_finding(folder / GOLDEN_NAME)
+        for path in sorted(folder.glob(f"*{ENGINE_SUFFIX}")):
+            yield from self._engine_findings(path)
+        for path in sorted(folder.glob("*.onnx")):
+            yield self._onnx_finding(path, report, foreign_allowed=report is not None and path.name not in report.names)
+
+    def findings_of_file(self, path: pathlib.Path) -> Iterator[Finding]:
+        """One engine or ONNX file, with the golden vectors, and the report if there is one, beside it.
+
+        Raises:
+            InputRejected: there is no such file, or it is neither.
+            SdkMissing: the provider asked for is not here.
+        """
+        kind = kind_of_file(path)
+        report = None
+        if (path.parent / REPORT_NAME).is_file():
+            try:
+                report = report_from_file(path.parent / REPORT_NAME)
+                names = {path.name, sidecar_path(path).name, path.with_suffix(".onnx").name, GOLDEN_NAME}
+                yield from _listed_findings(report, path.parent, names)
+            except InputRejected as error:
+                yield Finding(REPORT_NAME, LISTED, passed=False, detail=str(error))
+        yield _golden_finding(path.parent / GOLDEN_NAME)
+        if kind == ONNX:
+            yield self._onnx_finding(path, report, foreign_allowed=False)
+        else:
+            yield from self._engine_findings(path)
+
+    def _engine_findings(self, path: pathlib.Path) -> Iterator[Finding]:
+        finding = functools.partial(Finding, path.name, engine=True)
+        try:
+            header, manifest = checked_engine(path)
+            if manifest is None:
+                raise InputRejected(f"{path}: has no sidecar")
+        except InputRejected as error:
+            yield finding(INTEGRITY, passed=False, detail=_without(path, error))
+            return
+        detail = f"SHA-256, {header.sdk} {manifest.sdk['version']}, {cards_text(manifest.compute_capabilities)}"
+        yield finding(INTEGRITY, passed=True, detail=detail)
+        yield _audit_finding(path, manifest)
+        yield self._engine_run(path, header, manifest)
+
+    def _engine_run(self, path: pathlib.Path, header: Header, manifest: Manifest) -> Finding:
+        finding = functools.partial(Finding, path.name, RUN, engine=True)
+        if self.static:
+            return finding(passed=None, detail="left out by --static")
+        known = GATES.get(manifest.precision)
+        gate = Gate(manifest.tolerance, top1=known is None or known.top1)
+        try:
+            check_sdk_installed(path, header, manifest)
+            if gpu_compute_capability(self.device) is None:
+                which = f" of index {self.device}" if self.device else ""
+                return finding(passed=None, detail=f"no GPU{which} answers here")
+            with load(path, device=self.device) as runner:
+                return _compared(finding, runner, path.parent / manifest.golden, gate)
+        except SdkMissing as error:
+            return finding(passed=None, detail=_without(path, error))
+        except ReportedError as error:
+            return finding(passed=False, detail=_without(path, error))
+
+    def _onnx_finding(self, path: pathlib.Path, report: ReportFile | None, *, foreign_allowed: bool) -> Finding:
+        finding = functools.partial(Finding, path.name, RUN)
+        try:
+            with load(path, provider=self.provider) as runner:
+                precision = runner.metadata.get("precision", "")
+                gate = _gate_of(precision, report)
+                if not precision and foreign_allowed:
+                    return finding(passed=None, detail="not of an export: its metadata name no precision")
+                if gate is None:
+                    return finding(passed=False, detail=f"there is no gate for its precision, {precision or 'unnamed'}")
+                return _compared(finding, runner, path.parent / GOLDEN_NAME, gate)
+        except SdkMissing as error:
+            if self.provider is not None:
+                raise
+            return finding(passed=None, detail=_without(path, error))
+        except ReportedError as error:
+            return finding(passed=False, detail=_without(path, error))
+
+
+def _listed_findings(
+    report: ReportFile, folder: pathlib.Path, names: Collection[str] | None = None
+) -> Iterator[Finding]:
+    """All files of the report, or those of these names."""
+    if not report.passed:
+        yield Finding(REPORT_NAME, LISTED, passed=False, detail=f"the export itself failed: {report.verdict}")
+    files = [file for file in report.files if names is None or file.name in names]
+    problems = [problem for problem in (file.problem(folder) for file in files) if problem is not None]
+    if problems:
+        yield Finding(REPORT_NAME, LISTED, passed=False, detail=listed(problems, 3))
+    elif files:
+        detail = f"{listed([file.name for file in files])}: size and SHA-256 as listed"
+        yield Finding(REPORT_NAME, LISTED, passed=True, detail=detail)
+
+
+def _golden_finding(path: pathlib.Path) -> Finding:
+    try:
+        golden = _telling_golden(path)
+    except InputRejected as error:
+        return Finding(path.name, GOLDEN, passed=False, detail=_without(path, error))
+    detail = f"{len(golden.images)} images, answers {golden.contrast:.1e} or more apart"
+    return Finding(path.name, GOLDEN, passed=True, detail=detail)
+
+
+def _telling_golden(path: pathlib.Path) -> Golden:
+    golden = golden_from_file(path)
+    if golden.contrast <= LEAST_CONTRAST:
+        raise InputRejected(
+            f"{path}: two answers or all classes are the same, so a mix-up could not be seen; export with other images"
+        )
+    return golden
+
+
+def _audit_finding(path: pathlib.Path, manifest: Manifest) -> Finding:
+    finding = functools.partial(Finding, path.name, AUDIT, engine=True)
+    onnx = path.with_suffix(".onnx")
+    if not onnx.is_file():
+        return finding(passed=None, detail=f"its typed graph {onnx.name} is not beside it")
+    try:
+        if sha256_of(onnx) != manifest.sha256["onnx"]:
+            return finding(passed=False, detail=f"{onnx.name} beside it is not the graph that it was compiled from")
+        audit = audit_of_file(path, *expected_from_onnx(onnx_file_from_path(onnx)))
+    except InputRejected as error:
+        return finding(passed=False, detail=_without(path, error))
+    if not audit.audited:
+        return finding(passed=None, detail=audit.line)
+    return finding(passed=not audit.problems, detail=listed(list(audit.problems), 3) if audit.problems else audit.line)
+
+
+def _gate_of(precision: str, report: ReportFile | None) -> Gate | None:
+    """The report's gate, if it has one for this precision, else the usual one."""
+    usual = GATES.get(precision)
+    if report is not None and precision in report.gates:
+        return Gate(report.gates[precision], top1=usual is None or usual.top1)
+    return usual
+
+
+def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: pathlib.Path, gate: Gate) -> Finding:
+    """Runs the golden images and holds the answers against the gate."""
+    try:
+        golden = _telling_golden(golden_path)
+        comparison = compare(golden.outputs, _answers(runner, golden))
+    except (InputRejected, ValueError) as error:
+        return finding(passed=False, detail=_without(golden_path, error))
+    failure = gate.failure(comparison)
+    detail = (
+        f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
+        f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {comparison.top1_agreement:.0%} of {comparison.rows}"
+    )
+    if golden.contrast <= gate.max_relative_error:
+        detail += "; the images are too alike for this gate to see their order"
+    return finding(
+        passed=failure is None,
+        detail=f"{failure}; {detail}" if failure else detail,
+        value=comparison.relative_error,
+        gate=gate.max_relative_error,
+    )
+
+
+def _answers(runner: Runner, golden: Golden) -> NDArray[np.floating]:
+    """The outputs for the golden images, one alone and then the others together."""
+    if len(runner.inputs) != 1 or len(runner.outputs) != 1:
+        raise InputRejected(f"{len(runner.inputs)} inputs and {len(runner.outputs)} outputs; expected one each")
+    parts = [images for images in (golden.images[:1], golden.images[1:]) if len(images)]
+    outputs = [runner.run({runner.inputs[0].name: images})[runner.outputs[0].name] for images in parts]
+    return np.concatenate(outputs)
+
+
+def _without(path: pathlib.Path, error: BaseException) -> str:
+    """The error's text without the path that it begins with, which the finding names already."""
+    return str(error).removeprefix(f"{path}: ")

@@ -1,0 +1,207 @@
+"""A file to be compared with another: a checkpoint, an ONNX file or an engine, whichever its content says.
+
+What a checkpoint does not tell (strides, epsilon, size, normalisation) stands in the metadata of an ONNX file and in the
+sidecar of an engine, so the one that is compared with it supplies the assumptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from engines.integrity import checked_engine
+from engines.kind import ONNX, kind_of_file
+from engines.manifest import sidecar_path
+from engines.runner import load
+from exporter.checkpoint import checkpoint_from_path, is_checkpoint
+from exporter.errors import InputRejected, NotFinite, VerificationFailed, listed
+from exporter.ledger import Run
+from exporter.model import logits
+from exporter.onnx_file import graph_from_file
+from exporter.onnx_graph import Graph, checked
+from exporter.onnxruntime_cpu import session_from_file, session_from_graph
+from exporter.precisions import PRECISIONS
+from exporter.repvgg import repvgg_from_checkpoint
+from exporter.request import Request
+
+OPERATIONS = (
+    "Cast", "Conv", "DequantizeLinear", "Flatten", "Gemm", "GlobalAveragePool", "Identity", "Mul", "QuantizeLinear",
+    "ReduceMean", "Relu", "Reshape", "Sigmoid",
+)  # fmt: skip
+"""What a deployed RepVGG is made of, and what a graph may hold."""
+
+EXACTNESS = ("float64", "fp32", "fp16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One of two files.
+
+    Attributes:
+        path: the file.
+        kind: "checkpoint", "ONNX" or "engine".
+        precision: of EXACTNESS.
+        shape: of the input without the batch, None where it is not fixed.
+        largest: the largest batch that it is made for; 0 where there is none.
+        opened: a context manager that gives what runs (n, C, H, W) to (n, classes).
+    """
+
+    path: pathlib.Path
+    kind: str
+    precision: str
+    shape: tuple[int | None, ...]
+    largest: int
+    opened: Callable[[], contextlib.AbstractContextManager[Run]]
+
+    @property
+    def title(self) -> str:
+        """As in "model.fp16.onnx (ONNX, fp16)"."""
+        return f"{self.path.name} ({self.kind}, {self.precision})"
+
+
+def assumptions_of(path: pathlib.Path) -> dict[str, str]:
+    """The assumptions that an ONNX file or an engine was made under; empty for other files, or where none stand there.
+
+    Raises:
+        InputRejected: the file cannot be read.
+    """
+    if is_checkpoint(path):
+        return {}
+    if kind_of_file(path) == ONNX:
+        metadata = {entry.key: entry.value for entry in graph_from_file(path).structure.metadata_props}
+        return _strings(metadata.get("assumptions", "{}"))
+    sidecar = sidecar_path(path)
+    return _strings(sidecar.read_text(encoding="utf-8"), "assumptions") if sidecar.is_file() else {}
+
+
+def contender_from_path(path: pathlib.Path, request: Request) -> Contender:
+    """Opens a file.
+
+    Args:
+        path: the file.
+        request: what is said, or assumed, about a checkpoint; its path does not matter.
+
+    Raises:
+        InputRejected: it cannot be read, or is none of the three.
+        VerificationFailed: it holds an operation that no RepVGG has, or a weight that is not a number.
+        SdkMissing: an engine that cannot run here.
+    """
+    if is_checkpoint(path):
+        return _checkpoint(path, dataclasses.replace(request, path=path))
+    return _onnx(path) if kind_of_file(path) == ONNX else _engine(path)
+
+
+def _checkpoint(path: pathlib.Path, request: Request) -> Contender:
+    try:
+        architecture, tensors = repvgg_from_checkpoint(checkpoint_from_path(path), request)
+    except NotFinite as error:
+        raise VerificationFailed(str(error)) from error
+
+    def run(batch: NDArray[np.float32]) -> NDArray[np.floating]:
+        outputs: NDArray[np.float64] = logits(architecture, tensors, torch.from_numpy(batch).double()).numpy()
+        return outputs
+
+    shape = (architecture.in_channels, *request.size)
+    return Contender(path, "checkpoint", "float64", shape, 0, lambda: contextlib.nullcontext(run))
+
+
+def _onnx(path: pathlib.Path) -> Contender:
+    graph = graph_from_file(path)
+    _check_graph(graph, path)
+    inputs = [value for value in graph.structure.graph.input if value.name not in graph.weights]
+    names = inputs[0].name, graph.structure.graph.output[0].name
+    batch, *shape = _shape(inputs[0], path)
+    half = any(array.dtype == np.float16 for array in graph.weights.values())
+    if half:
+        inferred = Graph(onnx.shape_inference.infer_shapes(graph.structure), graph.weights)
+        twin = next(precision.twin for precision in PRECISIONS if precision.name == "fp16")
+        session = functools.partial(session_from_graph, twin(inferred) if twin else inferred, names)
+    else:
+        session = functools.partial(session_from_file, path, names)
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Run]:
+        yield functools.partial(_in_batches_of, batch, session().run)
+
+    return Contender(path, "ONNX", "fp16" if half else "fp32", tuple(shape), batch or 0, opened)
+
+
+def _engine(path: pathlib.Path) -> Contender:
+    @contextlib.contextmanager
+    def opened() -> Iterator[Run]:
+        with load(path) as runner:
+            source, target = runner.inputs[0].name, runner.outputs[0].name
+
+            def run(batch: NDArray[np.float32]) -> NDArray[np.floating]:
+                found: NDArray[np.float32] = runner.run({source: batch})[target]
+                return found
+
+            yield run
+
+    manifest = checked_engine(path)[1]
+    if manifest is None:
+        raise InputRejected(f"{path}: no sidecar says what it is; build it again")
+    profile = manifest.profile[manifest.inputs[0]["name"]]
+    return Contender(path, "engine", manifest.precision, tuple(profile[2][1:]), profile[2][0], opened)
+
+
+def _check_graph(graph: Graph, path: pathlib.Path) -> None:
+    nodes = graph.structure.graph.node
+    foreign = [node for node in nodes if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATIONS]
+    if foreign:
+        names = listed([f"{node.op_type} {node.name or node.output[0]}" for node in foreign], 3)
+        raise VerificationFailed(f"{path}: a foreign operation: {names}; a deployed RepVGG has {', '.join(OPERATIONS)}")
+    bad = [name for name, array in graph.weights.items() if array.dtype.kind == "f" and not np.isfinite(array).all()]
+    if bad:
+        raise VerificationFailed(f"{path}: weight {listed(bad, 3)}: NaN or infinite; export it again")
+    inputs = [value for value in graph.structure.graph.input if value.name not in graph.weights]
+    if len(inputs) != 1 or len(graph.structure.graph.output) != 1:
+        raise VerificationFailed(
+            f"{path}: {len(inputs)} inputs and {len(graph.structure.graph.output)} outputs; a RepVGG has one of each"
+        )
+    checked(graph)
+
+
+def _shape(value: onnx.ValueInfoProto, path: pathlib.Path) -> list[int | None]:
+    """The input's shape; None where a dimension is not fixed."""
+    tensor = value.type.tensor_type
+    shape = [dimension.dim_value or None for dimension in tensor.shape.dim]
+    if tensor.elem_type != onnx.TensorProto.FLOAT or len(shape) != 4:
+        kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+        raise VerificationFailed(
+            f"{path}: its input is {kind} of {len(shape)} dimensions; expected float32 (N, C, H, W)"
+        )
+    return shape
+
+
+def _in_batches_of(size: int | None, run: Run, batch: NDArray[np.float32]) -> NDArray[np.floating]:
+    """For a graph whose batch is fixed: in parts of ``size``, the last one filled up with its first image."""
+    if size is None:
+        return run(batch)
+    parts = []
+    for start in range(0, len(batch), size):
+        part = batch[start : start + size]
+        filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
+        parts.append(run(filled)[: len(part)])
+    return np.concatenate(parts)
+
+
+def _strings(text: str, key: str | None = None) -> dict[str, str]:
+    try:
+        found: Any = json.loads(text)
+        found = found if key is None else found[key]
+        if isinstance(found, Mapping):
+            return {str(name): str(value) for name, value in found.items()}
+    except (ValueError, KeyError, TypeError):
+        pass
+    return {}

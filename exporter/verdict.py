@@ -1,0 +1,174 @@
+"""Do two files compute the same network?
+
+The more exact of the two is the reference: a checkpoint (its branches, in float64) before float32 before fp16, and the
+first of two equals. The other computes the same inputs, in batches of one, three and the largest that it is made for,
+and must be as near as its precision allows. What a checkpoint does not tell comes from the other file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.parity import GATES, Gate
+from exporter.checkpoint import checkpoint_from_path
+from exporter.contenders import EXACTNESS, Contender, assumptions_of, contender_from_path
+from exporter.dataset import dataset_from_npz
+from exporter.errors import ArchitectureRejected, InputRejected, UsageError, VerificationFailed
+from exporter.images import noise_images, normalisation
+from exporter.ledger import stage_from_run
+from exporter.measured import FLOAT32_LOSS_FACTOR, Judge, Measured, at_least, fixed
+from exporter.reference import Reference
+from exporter.report import Check, LedgerRow
+from exporter.repvgg import repvgg_from_checkpoint, training_time_loss
+from exporter.request import Request, floats_from_text, size_from_text, strides_from_text
+
+LARGEST_COUNT = 256
+"""Of a file of images, so many are compared."""
+LARGEST_BATCH_PIXELS = 32 * 224 * 224
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was compared, on which inputs, and what was found; ``rows`` is the candidate's row of the ledger."""
+
+    reference: str
+    candidate: str
+    inputs: str
+    assumptions: dict[str, str]
+    checks: tuple[Check, ...]
+    rows: tuple[LedgerRow, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether they compute the same."""
+        return all(check.passed for check in self.checks)
+
+    @property
+    def line(self) -> str:
+        """The finding in one line."""
+        return "; ".join(f"{check.stage}: {check.detail}" for check in self.checks)
+
+    @property
+    def failure_line(self) -> str:
+        """What did not hold, in one line."""
+        return "; ".join(f"{check.stage}: {check.detail}" for check in self.checks if not check.passed)
+
+
+def verdict_from_files(
+    first: pathlib.Path, second: pathlib.Path, told: Request, inputs: pathlib.Path | None, gate: Gate | None
+) -> Verdict:
+    """Compares two of checkpoint, ONNX file and engine.
+
+    Args:
+        first: a file.
+        second: another.
+        told: what is known about a checkpoint; where it is silent, the other file's assumptions are taken.
+        inputs: an ``.npz`` with ``images``, or with ``input`` as in ``golden.npz``; None for seeded noise.
+        gate: how near is near enough; None for the gate of the coarser precision.
+
+    Raises:
+        InputRejected: a file cannot be read.
+        VerificationFailed: one holds what no RepVGG does, or they do not take the same inputs.
+        SdkMissing, DeviceFailed: an engine cannot be run here.
+    """
+    assumptions = _agreed_assumptions(first, second)
+    request = _with_assumptions(told, assumptions)
+    try:
+        contenders = [contender_from_path(path, request) for path in (first, second)]
+    except (ArchitectureRejected, UsageError) as error:
+        if not assumptions:
+            raise
+        raise VerificationFailed(f"the checkpoint is not what the other file was made from: {error}") from error
+    reference, candidate = sorted(contenders, key=lambda contender: EXACTNESS.index(contender.precision))
+    channels, size = _common_shape(reference, candidate, request)
+    request = dataclasses.replace(request, size=size)
+    images, source = _images(inputs, channels, request)
+    with reference.opened() as run:
+        outputs = stage_from_run(reference.title, run, images).outputs.astype(np.float64)
+    measured = Measured(Reference(images, outputs, {}), _largest(candidate, size))
+    judge = _judge(gate, reference, candidate, request, measured)
+    with candidate.opened() as run:
+        check = measured.check(
+            candidate.title, f"{candidate.title} against {reference.title}", lambda: run, judge, largest=True
+        )
+    return Verdict(reference.title, candidate.title, source, assumptions, (check,), measured.ledger)
+
+
+def _agreed_assumptions(first: pathlib.Path, second: pathlib.Path) -> dict[str, str]:
+    """What the two files say they were made under."""
+    ours, theirs = assumptions_of(first), assumptions_of(second)
+    different = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
+    if different:
+        listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in different)
+        raise VerificationFailed(f"{first.name} and {second.name} were made under different assumptions: {listed}")
+    return ours | theirs
+
+
+def _with_assumptions(told: Request, assumptions: dict[str, str]) -> Request:
+    """``told``, and where it is silent, what the files say."""
+    try:
+        size = size_from_text(assumptions["size"]) if "size" in assumptions else told.size
+        strides = strides_from_text(assumptions["strides"]) if "strides" in assumptions else None
+        eps, mean, std = (
+            floats_from_text(name, assumptions[name]) if name in assumptions else None
+            for name in ("eps", "mean", "std")
+        )
+    except UsageError as error:
+        raise InputRejected(f"the assumptions in the file's metadata make no sense: {error}") from error
+    return dataclasses.replace(
+        told,
+        size=size,
+        strides=told.strides or strides,
+        eps=told.eps if told.eps is not None or eps is None else eps[0],
+        mean=told.mean or mean,
+        std=told.std or std,
+    )
+
+
+def _common_shape(reference: Contender, candidate: Contender, request: Request) -> tuple[int, tuple[int, int]]:
+    """Channels and (height, width) that both take; where a graph leaves the size open, ``request`` says it."""
+    shapes = []
+    for contender in (reference, candidate):
+        channels, *size = contender.shape
+        height, width = (side or wanted for side, wanted in zip(size, request.size, strict=True))
+        shapes.append((channels or 0, (height, width)))
+    if shapes[0] != shapes[1]:
+        described = " and ".join(f"{channels}x{height}x{width}" for channels, (height, width) in shapes)
+        raise VerificationFailed(
+            f"{reference.title} and {candidate.title} take different images: {described}; see --size"
+        )
+    return shapes[0]
+
+
+def _images(path: pathlib.Path | None, channels: int, request: Request) -> tuple[NDArray[np.float32], str]:
+    if path is None:
+        return noise_images(channels, request.size), "seeded noise (no --inputs given)"
+    normalise = normalisation(channels, request.mean, request.std)
+    dataset = dataset_from_npz(path, channels, request.size, normalise, "--inputs")
+    images = dataset.first(LARGEST_COUNT)
+    return images, f"the first {len(images)} images of {path.name}"
+
+
+def _largest(candidate: Contender, size: tuple[int, int]) -> int:
+    """The largest batch of a candidate, as far as memory allows; 32 for a graph whose batch is open."""
+    return min(candidate.largest or 32, max(4, LARGEST_BATCH_PIXELS // (size[0] * size[1])))
+
+
+def _judge(
+    gate: Gate | None, reference: Contender, candidate: Contender, request: Request, measured: Measured
+) -> Judge:
+    if gate is not None:
+        return fixed(gate)
+    if candidate.precision == "fp32" and reference.kind == "checkpoint":
+        told = dataclasses.replace(request, path=reference.path)
+        architecture, _ = repvgg_from_checkpoint(checkpoint_from_path(reference.path), told)
+        against = Reference(measured.images, measured.reference, {})
+        return at_least(
+            GATES["fp32"], functools.partial(training_time_loss, told, architecture, against), FLOAT32_LOSS_FACTOR
+        )
+    return fixed(GATES["fp16" if candidate.precision == "fp16" else "fp32"])
