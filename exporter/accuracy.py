@@ -66,7 +66,7 @@ def accuracy_check(row: AccuracyRow, max_drop: float | None) -> Check:
     detail = f"{row.top1:.2%} of {row.images} images"
     if row.precision != BASELINE:
         detail += (
-            f", {100 * row.drop:+.2f} points below {BASELINE} (standard error {100 * row.standard_error:.2f}), "
+            f", {100 * row.drop:.2f} points below {BASELINE} (standard error {100 * row.standard_error:.2f}), "
             f"the same class on {row.agreement:.2%}"
         )
     if max_drop is None or row.precision == BASELINE:

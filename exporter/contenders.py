@@ -1,7 +1,7 @@
 """A file to be compared with another: a checkpoint, an ONNX file or an engine, whichever its content says.
 
-What a checkpoint does not tell (strides, epsilon, size, normalisation) stands in the metadata of an ONNX file and in the
-sidecar of an engine, so the one that is compared with it supplies the assumptions.
+What a checkpoint does not tell (strides, epsilon, size, normalisation) stands in the metadata of an ONNX file and in
+the sidecar of an engine, so the one that is compared with it supplies the assumptions.
 """
 
 from __future__ import annotations
@@ -178,9 +178,7 @@ def _shape(value: onnx.ValueInfoProto, path: pathlib.Path) -> list[int | None]:
     shape = [dimension.dim_value or None for dimension in tensor.shape.dim]
     if tensor.elem_type != onnx.TensorProto.FLOAT or len(shape) != 4:
         kind = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
-        raise VerificationFailed(
-            f"{path}: its input is {kind} of {len(shape)} dimensions; expected float32 (N, C, H, W)"
-        )
+        raise VerificationFailed(f"{path}: its input is {kind} with {len(shape)} dimensions, not float32 (N, C, H, W)")
     return shape
 
 

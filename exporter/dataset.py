@@ -75,7 +75,7 @@ class Dataset:
         if self.holds_pixels:
             mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.normalise.mean, self.normalise.std))
             images = (images.astype(np.float32) / np.float32(255) - mean) / std
-        return np.ascontiguousarray(images, np.float32)
+        return np.array(images, np.float32, order="C")
 
     def labels(self, classes: int) -> NDArray[np.int64]:
         """The labels, (N,).

@@ -63,9 +63,10 @@ class Measured:
         self.stages.append(stage)
         gate = judge(comparison)
         failure = gate.failure(comparison)
+        same = comparison.rows - len(comparison.flips)
         detail = (
             f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
-            f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {comparison.top1_agreement:.0%} of {comparison.rows}"
+            f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {same} of {comparison.rows}"
         )
         return Check(
             title,

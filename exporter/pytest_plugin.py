@@ -84,7 +84,8 @@ def assert_parity(request: pytest.FixtureRequest) -> AssertParity:
         a: Any, b: Any, gate: Gate | float | str | None = None, *, inputs: Any = None, name: str | None = None
     ) -> Parity:
         __tracebackhide__ = True
-        from engines.errors import ReportedError
+        from exporter.errors import ReportedError
+        from exporter.report import plain_json
 
         described = (name or request.node.nodeid, _described(a), _described(b))
         parity = Parity(*described, passed=False, line="it ended with an error")
@@ -93,7 +94,7 @@ def assert_parity(request: pytest.FixtureRequest) -> AssertParity:
         except ReportedError as error:
             parity = Parity(*described, passed=False, line=str(error))
         finally:  # also where something unforeseen is raised: a report must not lack what did not hold
-            request.node.user_properties.append((PROPERTY, json.dumps(_plain(dataclasses.asdict(parity)))))
+            request.node.user_properties.append((PROPERTY, json.dumps(plain_json(parity))))
         if not parity.passed:
             pytest.fail(f"{parity.a} and {parity.b} do not agree: {parity.line}")
         return parity
@@ -160,15 +161,6 @@ def _described(operand: Any) -> str:
     if isinstance(operand, str | os.PathLike):
         return os.fspath(operand)
     return f"{type(operand).__name__} {getattr(operand, 'shape', '')}".strip()
-
-
-def _plain(value: Any) -> Any:
-    """With null for the numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Collector:

@@ -6,12 +6,27 @@ import dataclasses
 import pathlib
 import re
 
+from engines.arguments import LARGEST_BATCH, batch_from_text, cards_from_text, check_batch, integers_from_text
 from engines.sdk import SDKS
 from exporter.errors import UsageError
 from exporter.variants import variant_from_name
 
+__all__ = [
+    "LARGEST_BATCH",
+    "LARGEST_MEAN",
+    "LARGEST_SIZE",
+    "PRECISION_NAMES",
+    "SDK_NAMES",
+    "SMALLEST_STD",
+    "Request",
+    "batch_from_text",
+    "cards_from_text",
+    "floats_from_text",
+    "size_from_text",
+    "strides_from_text",
+]
+
 LARGEST_SIZE = 4096
-LARGEST_BATCH = 65536
 LARGEST_MEAN = 1e6
 SMALLEST_STD = 1e-30
 SDK_NAMES = tuple(sdk.module for sdk in SDKS)
@@ -58,11 +73,7 @@ class Request:
             raise UsageError("--trt: a precision is named twice; name each once")
         if not all(1 <= side <= LARGEST_SIZE for side in self.size):
             raise UsageError(f"--size: {self.size[0]}x{self.size[1]} is outside 1 to {LARGEST_SIZE} pixels")
-        if not 1 <= self.batch[0] <= self.batch[1] <= self.batch[2] <= LARGEST_BATCH:
-            raise UsageError(
-                f"--batch: {':'.join(map(str, self.batch))} is not MIN:OPT:MAX "
-                f"with 1 <= MIN <= OPT <= MAX <= {LARGEST_BATCH}"
-            )
+        check_batch(self.batch)
         if self.strides is not None and not all(stride in (1, 2) for stride in self.strides):
             raise UsageError("--strides: each stage's stride is 1 or 2, as in 2,2,2,2,2")
         if self.eps is not None and not 0 < self.eps < 1:
@@ -114,33 +125,14 @@ def size_from_text(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2] or found[1])
 
 
-def batch_from_text(text: str) -> tuple[int, int, int]:
-    """``"1:8:32"`` to (1, 8, 32); one number alone stands for all three."""
-    numbers = _integers("--batch", text, ":")
-    if len(numbers) not in (1, 3):
-        raise UsageError(f"--batch: {text!r} is not MIN:OPT:MAX, as in 1:8:32")
-    return (numbers[0], numbers[0], numbers[0]) if len(numbers) == 1 else (numbers[0], numbers[1], numbers[2])
-
-
 def strides_from_text(text: str) -> tuple[int, ...]:
     """``"2,1,2,2,2"`` to (2, 1, 2, 2, 2): the first block's stride of stage0 to stage4."""
-    strides = _integers("--strides", text, ",")
+    strides = integers_from_text("--strides", text, ",")
     if len(strides) != 5:
         raise UsageError(
             f"--strides: {text!r} has {len(strides)} numbers; give five, for stage0 to stage4, as in 2,2,2,2,2"
         )
     return strides
-
-
-def cards_from_text(text: str) -> tuple[int, ...]:
-    """``"sm86,sm89"`` to (86, 89)."""
-    cards = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(?:sm_?)?(\d{2,3})", part.strip().lower(), re.ASCII)
-        if found is None:
-            raise UsageError(f"--gpu: {part!r} is not a compute capability; write sm86 for 8.6, several with commas")
-        cards.append(int(found[1]))
-    return tuple(sorted(set(cards)))
 
 
 def floats_from_text(flag: str, text: str) -> tuple[float, ...]:
@@ -151,10 +143,3 @@ def floats_from_text(flag: str, text: str) -> tuple[float, ...]:
     if not all(abs(value) < LARGEST_MEAN for value in values):
         raise UsageError(f"{flag}: {text!r} is not a list of numbers such as 0.485,0.456,0.406")
     return values
-
-
-def _integers(flag: str, text: str, separator: str) -> tuple[int, ...]:
-    parts = text.split(separator)
-    if not all(re.fullmatch(r"\d{1,9}", part.strip(), re.ASCII) for part in parts):
-        raise UsageError(f"{flag}: {text!r} is not whole numbers separated by {separator!r}")
-    return tuple(int(part) for part in parts)

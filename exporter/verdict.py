@@ -96,7 +96,8 @@ def verdict_from_files(
         check = measured.check(
             candidate.title, f"{candidate.title} against {reference.title}", lambda: run, judge, largest=True
         )
-    return Verdict(reference.title, candidate.title, source, assumptions, (check,), measured.ledger)
+    used = _assumptions_used(request) if "checkpoint" in (reference.kind, candidate.kind) else assumptions
+    return Verdict(reference.title, candidate.title, source, used, (check,), measured.ledger)
 
 
 def _agreed_assumptions(first: pathlib.Path, second: pathlib.Path) -> dict[str, str]:
@@ -128,6 +129,13 @@ def _with_assumptions(told: Request, assumptions: dict[str, str]) -> Request:
         mean=told.mean or mean,
         std=told.std or std,
     )
+
+
+def _assumptions_used(request: Request) -> dict[str, str]:
+    """Those about a checkpoint that somebody, or the other file, made; the rest is inferred from its tensors."""
+    eps = None if request.eps is None else (request.eps,)
+    used = {"strides": request.strides, "eps": eps, "size": request.size, "mean": request.mean, "std": request.std}
+    return {name: ",".join(f"{value:g}" for value in values) for name, values in used.items() if values is not None}
 
 
 def _common_shape(reference: Contender, candidate: Contender, request: Request) -> tuple[int, tuple[int, int]]:

@@ -25,8 +25,8 @@ Says whether two files compute the same network: any two of checkpoint, ONNX fil
   python -m exporter.verify model.pt model/model.onnx
   python -m exporter.verify model/model.onnx model/model.fp16.onnx --inputs images.npz
 
-The more exact one is the reference. What a checkpoint does not tell (strides, epsilon, size, normalisation) is read from
-the other file; flags override it. An engine needs its GPU.
+The more exact one is the reference. What a checkpoint does not tell (strides, epsilon, size, normalisation) is read
+from the other file; flags override it. An engine needs its GPU.
 """
 
 EPILOG = """\
@@ -75,9 +75,7 @@ def _parser() -> Parser:
     parser.add_argument("a", type=pathlib.Path, metavar="A", help="a checkpoint, an ONNX file or an engine")
     parser.add_argument("b", type=pathlib.Path, metavar="B", help="another")
     parser.add_argument("--inputs", type=pathlib.Path, metavar="NPZ", help="images to compare on, instead of noise")
-    parser.add_argument(
-        "--size", default="224", metavar="N|HxW", help="of images, where neither file says (default: 224)"
-    )
+    parser.add_argument("--size", default="224", metavar="N|HxW", help="image size, where no file says (default: 224)")
     parser.add_argument("--gate", metavar="E", help="largest relative error (default: 5e-6 for fp32, 5e-3 for fp16)")
     add_assumptions(parser)
     add_output(parser)

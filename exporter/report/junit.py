@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from xml.etree import ElementTree
 
 from exporter.errors import ReportedError
-from exporter.report.markdown import LEDGER_COLUMNS, ledger_cells
-from exporter.report.record import Check, LedgerRow, Report
+from exporter.report.record import Check, Report
+from exporter.report.text import lines_from_ledger
 from exporter.version import VERSION
 
 SUITE = "repvgg-exporter"
@@ -40,7 +40,7 @@ def junit_from_report(report: Report) -> str:
     if not report.passed and not report.failures:
         cases.append(_case(_package(report.checkpoint["name"]), RUN, "verdict"))
         _outcome(cases[-1], "failure", "no check was run that could pass", "verdict")
-    return _document(cases, properties, text_from_ledger(report.ledger))
+    return _document(cases, properties, "\n".join(lines_from_ledger(report.ledger)) if report.ledger else "")
 
 
 def junit_from_error(error: ReportedError, checkpoint: str) -> str:
@@ -55,15 +55,6 @@ def junit_from_error(error: ReportedError, checkpoint: str) -> str:
     return _document([case], {"checkpoint": checkpoint, "exit_code": str(error.exit_code), "version": VERSION}, "")
 
 
-def text_from_ledger(ledger: Sequence[LedgerRow]) -> str:
-    """The ledger as a table of plain text; empty without rows."""
-    if not ledger:
-        return ""
-    rows = [list(LEDGER_COLUMNS), *([str(cell) for cell in ledger_cells(row)] for row in ledger)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(LEDGER_COLUMNS))]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n"
-
-
 def _cases(checks: Iterable[Check], package: str) -> Iterable[ElementTree.Element]:
     seen: dict[str, int] = {}
     for check in checks:
@@ -72,7 +63,7 @@ def _cases(checks: Iterable[Check], package: str) -> Iterable[ElementTree.Elemen
         head = check.stage.partition(",")[0]
         case = _case(package, head, check.stage if count == 1 else f"{check.stage} ({count})")
         if check.passed is None:
-            ElementTree.SubElement(case, "skipped", message=_clean(f"not run: {check.detail}"))
+            ElementTree.SubElement(case, "skipped", message=_clean(check.detail))
         elif check.passed:
             ElementTree.SubElement(case, "system-out").text = _clean(check.detail)
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from exporter.errors import listed
 from exporter.report.record import AccuracyRow, Check, LayerRow, LedgerRow, Report
@@ -42,6 +43,7 @@ def markdown_from_report(report: Report) -> str:
             section("Ledger", LEDGER_COLUMNS, map(ledger_cells, report.ledger)),
             _layers(report.layers, report.first_departing_layer),
             section("Accuracy", ("precision", "images", "top-1", "drop", "agreement"), map(_accuracy, report.accuracy)),
+            _witness(report.witness),
             section("Assumptions", ("what", "value"), report.assumptions.items()),
             section("Engines", ("file", "made by", "cards", "audit"), _engines(report)),
             section(
@@ -99,7 +101,7 @@ def ledger_cells(row: LedgerRow) -> tuple[object, ...]:
         f"{found.relative_error:.1e}",
         f"{found.sqnr_db:.1f}",
         f"{found.cosine:.9f}",
-        f"{found.top1_agreement:.2%} of {found.rows}",
+        f"{found.rows - len(found.flips)} of {found.rows}",
         flips_in_words(row),
         found.non_finite,
         f"{row.added:.1e}",
@@ -143,6 +145,27 @@ def _layers(layers: Sequence[LayerRow], first_departing: str | None) -> str:
 def _accuracy(row: AccuracyRow) -> tuple[object, ...]:
     drop = f"{100 * row.drop:+.2f} points (standard error {100 * row.standard_error:.2f})"
     return row.precision, row.images, f"{row.top1:.2%}", drop, f"{row.agreement:.2%}"
+
+
+def _witness(witness: dict[str, Any] | None) -> str:
+    if witness is None:
+        return ""
+    figures = ("drift", "spread", "excess_drift", "excess_spread")
+    layers = section(
+        "Batch norms",
+        ("layer", *(figure.replace("_", " ") for figure in figures)),
+        ((row["layer"], *(_figure(row[figure]) for figure in figures)) for row in witness["layers"]),
+    )
+    agreements = section(
+        "Branches of a block against each other",
+        ("block", "disagreement"),
+        ((row["block"], _figure(row["disagreement"])) for row in witness["agreements"]),
+    )
+    return "\n\n".join(part for part in (f"## Witness\n\n{escaped(witness['line'])}", layers, agreements) if part)
+
+
+def _figure(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _engines(report: Report) -> Iterable[tuple[str, str, str, str]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 from exporter.report.record import LedgerRow
 
@@ -23,7 +24,7 @@ def lines_from_ledger(ledger: Sequence[LedgerRow]) -> list[str]:
 def cells_of(row: LedgerRow) -> tuple[str, ...]:
     """The figures of one stage, rounded for people."""
     comparison = row.comparison
-    agreement = f"{comparison.top1_agreement:.0%}" + (f" ({len(comparison.flips)} flips)" if comparison.flips else "")
+    same = comparison.rows - len(comparison.flips)
     bad = f" ({comparison.non_finite} NaN or infinite)" if comparison.non_finite else ""
     return (
         row.stage,
@@ -31,6 +32,13 @@ def cells_of(row: LedgerRow) -> tuple[str, ...]:
         f"{comparison.relative_error:.1e}",
         f"{row.added:.1e}",
         f"{comparison.sqnr_db:.1f}",
-        agreement,
-        ", ".join(str(batch) for batch in row.batches),
+        f"{same} of {comparison.rows}",
+        ", ".join(_repeated(row.batches)),
     )
+
+
+def _repeated(batches: Sequence[int]) -> Iterator[str]:
+    """As in "1", "7 x 32", "31"."""
+    for batch, group in itertools.groupby(batches):
+        times = len(list(group))
+        yield str(batch) if times == 1 else f"{times} x {batch}"

@@ -26,6 +26,7 @@ from exporter.onnx_graph import (
     weights_from_plain,
     with_initializers,
 )
+from exporter.images import noise_images
 from exporter.plain import plain_from_repvgg
 from tests.networks import NaiveRepVGG, Shape
 
@@ -35,7 +36,7 @@ SIZE = (20, 24)
 def plain_of(shape, seed=0):
     tensors, _ = canonical_from_raw(NaiveRepVGG(shape, seed).state_dict(), LINEAGES[0])
     architecture = architecture_from_tensors(tensors, LINEAGES[0], unexpected=[], where="x", strides=None, eps=None)
-    return plain_from_repvgg(architecture, tensors)
+    return plain_from_repvgg(architecture, tensors, noise_images(3, SIZE))
 
 
 @pytest.fixture(scope="module", params=["plain", "grouped", "se"])

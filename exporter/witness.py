@@ -1,0 +1,288 @@
+"""What a network's own batch norms say about its input: a witness that comes with every training checkpoint.
+
+Each batch norm keeps the mean m and the variance v of what it saw in training, per channel. Real images that go through
+the reconstruction in eval mode must give nearly the same. Per batch norm, observed m', v', averaged over its channels:
+
+    drift     |m' - m| / sqrt(v + eps)
+    spread    |log((v' + eps) / (v + eps))|
+    excess    sqrt(max(0, x^2 - (1.5 e)^2)) of each, with e the standard error that so many images allow, from how much
+              they differ among themselves
+
+and without images, in a block with an identity and a 1x1 branch, which see the same x, so that their means obey W E[x]:
+
+    disagreement    |W m_identity - m_1x1| / sqrt(v_1x1 + eps)
+
+The verdict takes the largest excess over the layers. Thresholds stand on seven trained networks (Fashion-MNIST and
+CIFAR-10; with and without augmentation, SE, groups; 32 to 512 images; benchmarks/witness_table.py makes the part of
+the table that needs nothing but this project):
+
+    largest excess, 128 images                        drift           spread
+    right, trained with little augmentation           0.00 to 0.06    0.03 to 0.10     clear
+    right, trained on random crops, colour jitter     0.10 to 0.25    0.18 to 0.33     suspicious
+    BGR                                               0.11 to 0.20    0.13 to 0.25     suspicious
+    another data set's mean and std                   0.11 to 1.4     0.28 to 1.6      suspicious or wrong
+    no division by std, or neither mean nor std       0.33 to 1.0     1.4 to 3.1       wrong
+    noise                                             0.64 to 1.6     1.4 to 2.9       wrong
+    0 to 255                                          75 and more     8 to 11          wrong
+    a wrong stride in stage 0 to 3                    0.10 to 0.36    0.13 to 1.6      suspicious or wrong
+    a wrong stride in the last stage                  0.11 to 0.33    0.08 to 1.0      as the right one, to wrong
+    images of another size                            0.08 to 0.47    0.20 to 2.1      suspicious or wrong
+
+So "suspicious" does not tell a mild mistake from training images that were augmented more than these; what fits better
+tells (``exporter.proposals``). "Clear" was not given to any of the mistakes above that can be seen at all. Not seen, or
+hardly: epsilon, anything behind the last batch norm, a stride of the last stage where its input is larger than 2x2, a
+normalisation off by a few percent, two channels of a grey image. Images of one class only depart, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from exporter.architecture import Architecture, Block
+from exporter.model import block_output, block_tensors
+
+CLEAR_DRIFT, CLEAR_SPREAD = 0.075, 0.15
+WRONG_DRIFT, WRONG_SPREAD = 0.4, 0.5
+CLEAR_DISAGREEMENT, WRONG_DISAGREEMENT = 0.05, 0.25
+CHANCE_FACTOR = 1.5
+FEWEST_IMAGES = 32
+PIXELS_AT_ONCE = 8 * 224 * 224
+
+CLEAR, SUSPICIOUS, WRONG, UNAVAILABLE = "clear", "suspicious", "wrong", "unavailable"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerWitness:
+    """One batch norm, named by block and branch, against what it sees now; the figures of the module's docstring."""
+
+    layer: str
+    drift: float
+    spread: float
+    drift_by_chance: float
+    spread_by_chance: float
+
+    @property
+    def excess_drift(self) -> float:
+        """The part of ``drift`` that the number of images does not explain. NaN counts as infinite."""
+        return _excess(self.drift, self.drift_by_chance)
+
+    @property
+    def excess_spread(self) -> float:
+        """The part of ``spread`` that the number of images does not explain. NaN counts as infinite."""
+        return _excess(self.spread, self.spread_by_chance)
+
+    @property
+    def distance(self) -> float:
+        """One figure for comparing hypotheses on the same images: twice the drift plus the spread."""
+        return 2 * self.drift + self.spread if math.isfinite(self.drift + self.spread) else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockAgreement:
+    """How far the 1x1 branch's running mean is from what the identity branch's says it must be."""
+
+    block: str
+    disagreement: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Witness:
+    """The finding. ``verdict`` is clear, suspicious, wrong or unavailable; ``first_departure`` names a layer."""
+
+    verdict: str
+    images: int
+    layers: tuple[LayerWitness, ...]
+    agreements: tuple[BlockAgreement, ...]
+    first_departure: str | None
+    line: str
+
+    def record(self) -> dict[str, Any]:
+        """The report's ``witness``: nothing but numbers, text, lists and dictionaries; infinite becomes None."""
+        fields = dataclasses.asdict(self)
+        for row, layer in zip(fields["layers"], self.layers, strict=True):
+            row.update(excess_drift=layer.excess_drift, excess_spread=layer.excess_spread)
+        for row in (*fields["layers"], *fields["agreements"]):
+            row.update({key: None for key, value in row.items() if value != value or value in (math.inf, -math.inf)})
+        return {**fields, "layers": list(fields["layers"]), "agreements": list(fields["agreements"])}
+
+
+def witness_from_images(
+    architecture: Architecture, tensors: Mapping[str, Tensor], batches: Iterable[NDArray[np.float32]]
+) -> Witness:
+    """Asks the batch norms. Memory does not grow with the number of images.
+
+    Args:
+        architecture: in any form; fused blocks compute, but have nothing to say.
+        tensors: by canonical name.
+        batches: normalised images, (n, C, H, W) each; without any, only the branches are held against each other.
+    """
+    agreements = agreements_from_tensors(architecture, tensors)
+    if architecture.form == "deployed":
+        return Witness(UNAVAILABLE, 0, (), (), None, "no batch norm is left in a deployed file to witness anything")
+    images, layers = layers_from_images(architecture, tensors, batches)
+    verdict, departure = _verdict(images, layers, agreements)
+    return Witness(verdict, images, layers, agreements, departure, _line(verdict, images, layers, agreements))
+
+
+def layers_from_images(
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    batches: Iterable[NDArray[np.float32]],
+    blocks: int | None = None,
+) -> tuple[int, tuple[LayerWitness, ...]]:
+    """The number of images, and a row for each batch norm of the first ``blocks`` blocks (None: of all), in order."""
+    prepared = [(block, block_tensors(tensors, block, torch.float32)) for block in architecture.blocks[:blocks]]
+    sums: dict[str, _Sums] = {}
+    with torch.inference_mode():
+        for batch in batches:
+            pixels = batch.shape[2] * batch.shape[3]
+            for part in torch.split(torch.from_numpy(batch), max(1, PIXELS_AT_ONCE // pixels)):
+                x = part.contiguous(memory_format=torch.channels_last)
+                for block, own in prepared:
+                    x = _block_output_observed(block, own, x, architecture.bn_eps, sums)
+    images = next(iter(sums.values())).images if sums else 0
+    return images, tuple(
+        sums[name].layer(name, own[f"{name.rpartition('.')[2]}.bn.running_var"].double(), architecture.bn_eps)
+        for block, own in prepared
+        for name in _batch_norms(block)
+        if name in sums
+    )
+
+
+def branch_outputs(block: Block, own: Mapping[str, Tensor], x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What the batch norm of each branch of a training block is given for ``x`` (N, in, H, W)."""
+    for branch in block.branches:
+        y = x
+        if branch != "identity":
+            weight = own[f"{branch}.weight"]
+            y = functional.conv2d(x, weight, None, block.stride, weight.shape[-1] // 2, 1, block.groups)
+        yield branch, y
+
+
+def agreements_from_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> tuple[BlockAgreement, ...]:
+    """Each block with both an identity and a 1x1 branch, held against itself; needs no images."""
+    found = []
+    for block in architecture.blocks:
+        if not {"identity", "pointwise"} <= set(block.branches):
+            continue
+        own = block_tensors(tensors, block, torch.float64)
+        seen = own["identity.bn.running_mean"].reshape(1, -1, 1, 1)
+        expected = functional.conv2d(seen, own["pointwise.weight"], groups=block.groups).flatten()
+        deviation = torch.sqrt(own["pointwise.bn.running_var"] + architecture.bn_eps)
+        disagreement = ((expected - own["pointwise.bn.running_mean"]).abs() / deviation).mean()
+        found.append(BlockAgreement(block.name, float(disagreement)))
+    return tuple(found)
+
+
+class _Sums:
+    """Sums over images of m, q, m^2, q^2 and m q: m and q are an image's mean and mean square, per channel."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.total: Tensor | float = 0.0
+
+    def add(self, z: Tensor) -> None:
+        """Takes (n, C, H, W), normalised by the running statistics."""
+        mean = z.mean(dim=(2, 3)).double()
+        square = torch.linalg.vector_norm(z, dim=(2, 3)).double().square() / (z.shape[2] * z.shape[3])
+        self.images += len(z)
+        self.total = self.total + torch.stack([mean, square, mean**2, square**2, mean * square]).sum(dim=1)
+
+    def layer(self, name: str, running_variance: Tensor, eps: float) -> LayerWitness:
+        """The row of the batch norm; a variance's standard error is that of q - 2 m' m."""
+        mean, square, mean_mean, square_square, mean_square = torch.as_tensor(self.total) / self.images
+        variance = (square - mean**2).clamp(min=0) + eps / (running_variance + eps)
+        between = (mean_mean - mean**2).clamp(min=0)
+        of_variance = (square_square - square**2) + 4 * mean**2 * between - 4 * mean * (mean_square - square * mean)
+        others = max(1, self.images - 1)
+        return LayerWitness(
+            layer=name,
+            drift=float(mean.abs().mean()),
+            spread=float(variance.log().abs().mean()),
+            drift_by_chance=float((between / others).sqrt().mean()),
+            spread_by_chance=float(((of_variance.clamp(min=0) / others).sqrt() / variance).mean()),
+        )
+
+
+def _block_output_observed(
+    block: Block, own: Mapping[str, Tensor], x: Tensor, bn_eps: float, sums: dict[str, _Sums]
+) -> Tensor:
+    """What leaves the block; each batch norm's normalised input goes into ``sums`` before its scale and shift."""
+    if block.deployed:
+        total = functional.conv2d(x, own["fused.weight"], own["fused.bias"], block.stride, 1, 1, block.groups)
+        return block_output(block, own, total)
+    total = torch.zeros(())
+    for branch, y in branch_outputs(block, own, x):
+        mean, variance = own[f"{branch}.bn.running_mean"], own[f"{branch}.bn.running_var"]
+        z = functional.batch_norm(y, mean, variance, training=False, eps=bn_eps)
+        sums.setdefault(f"{block.name}.{branch}", _Sums()).add(z)
+        scale, shift = (own[f"{branch}.bn.{name}"].reshape(-1, 1, 1) for name in ("weight", "bias"))
+        total = torch.addcmul(total, z, scale).add_(shift)
+    return block_output(block, own, total)
+
+
+def _batch_norms(block: Block) -> list[str]:
+    return [] if block.deployed else [f"{block.name}.{branch}" for branch in block.branches]
+
+
+def _excess(value: float, chance: float) -> float:
+    if not math.isfinite(value):
+        return math.inf
+    return math.sqrt(max(0.0, value**2 - (CHANCE_FACTOR * chance) ** 2))
+
+
+def _verdict(
+    images: int, layers: tuple[LayerWitness, ...], agreements: tuple[BlockAgreement, ...]
+) -> tuple[str, str | None]:
+    drift = max((layer.excess_drift for layer in layers), default=0.0)
+    spread = max((layer.excess_spread for layer in layers), default=0.0)
+    disagreement = max((_number(agreement.disagreement) for agreement in agreements), default=0.0)
+    departures = [
+        *(one.layer for one in layers if one.excess_drift > CLEAR_DRIFT or one.excess_spread > CLEAR_SPREAD),
+        *(one.block for one in agreements if _number(one.disagreement) > CLEAR_DISAGREEMENT),
+    ]
+    first = departures[0] if departures else None
+    if drift > WRONG_DRIFT or spread > WRONG_SPREAD or disagreement > WRONG_DISAGREEMENT:
+        return WRONG, first
+    if images < FEWEST_IMAGES:
+        return UNAVAILABLE if disagreement <= CLEAR_DISAGREEMENT else SUSPICIOUS, first
+    return SUSPICIOUS if departures else CLEAR, first
+
+
+def _number(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _line(verdict: str, images: int, layers: tuple[LayerWitness, ...], agreements: tuple[BlockAgreement, ...]) -> str:
+    worst = max(agreements, key=lambda one: _number(one.disagreement), default=None)
+    if worst is not None and _number(worst.disagreement) > CLEAR_DISAGREEMENT:
+        return (
+            f"{verdict}: the branches of {worst.block} contradict each other (by {worst.disagreement:.2g} of a standard "
+            f"deviation): weights and batch norm statistics are not of the same training; export another checkpoint"
+        )
+    if verdict == UNAVAILABLE:
+        few = f"{images} images are too few to tell ({FEWEST_IMAGES} are needed, 128 are better)"
+        return f"{verdict}: {few if images else 'no images were given'}; --calib takes them"
+    far = [one for one in layers if one.excess_drift > CLEAR_DRIFT or one.excess_spread > CLEAR_SPREAD]
+    most = max(layers, key=lambda one: max(one.excess_drift / CLEAR_DRIFT, one.excess_spread / CLEAR_SPREAD))
+    figures = (
+        f"{most.layer}: mean off by {most.excess_drift:.2g} of a standard deviation, "
+        f"variance by a factor of {math.exp(min(most.excess_spread, 700)):.3g}, beyond chance"
+    )
+    if verdict == CLEAR:
+        return f"{verdict}: {images} images reproduce the statistics of {len(layers)} batch norms (most off, {figures})"
+    causes = "normalisation, channel order, strides or size are not those of the training"
+    doubt = "" if verdict == WRONG else ", or it augmented its images more than these are"
+    return (
+        f"{verdict}: {images} images depart from the statistics of {len(far)} of {len(layers)} batch norms, first in "
+        f"{far[0].layer}, most in {figures}: {causes}{doubt}; check --mean, --std, --strides, --size"
+    )
