@@ -121,6 +121,7 @@ def _onnx(path: pathlib.Path) -> Contender:
     inputs = [value for value in graph.structure.graph.input if value.name not in graph.weights]
     names = inputs[0].name, graph.structure.graph.output[0].name
     batch, *shape = _shape(inputs[0], path)
+    checked(graph)
     half = any(array.dtype == np.float16 for array in graph.weights.values())
     if half:
         inferred = Graph(onnx.shape_inference.infer_shapes(graph.structure), graph.weights)
@@ -169,7 +170,6 @@ def _check_graph(graph: Graph, path: pathlib.Path) -> None:
         raise VerificationFailed(
             f"{path}: {len(inputs)} inputs and {len(graph.structure.graph.output)} outputs; a RepVGG has one of each"
         )
-    checked(graph)
 
 
 def _shape(value: onnx.ValueInfoProto, path: pathlib.Path) -> list[int | None]:

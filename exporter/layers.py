@@ -46,9 +46,10 @@ def farthest_row(reference: NDArray[np.float64], stages: Sequence[Stage]) -> int
     worst = np.zeros(len(reference))
     for stage in stages:
         with np.errstate(invalid="ignore", over="ignore"):
-            error = np.nan_to_num(np.abs(stage.outputs - reference[stage.order]).max(axis=1), nan=np.inf)
-        typical = float(np.median(error)) or 1.0
-        np.maximum.at(worst, stage.order, error / typical if np.isfinite(typical) else np.isinf(error) * 1.0)
+            error = np.abs(stage.outputs - reference[stage.order]).max(axis=1)
+            error[~np.isfinite(error)] = np.inf
+            typical = float(np.median(error)) or 1.0
+            np.maximum.at(worst, stage.order, error / typical if np.isfinite(typical) else np.isinf(error) * 1.0)
     return int(worst.argmax())
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.parity import GATES, Gate
-from exporter.checkpoint import checkpoint_from_path
+from exporter.checkpoint import checkpoint_from_path, is_checkpoint
 from exporter.contenders import EXACTNESS, Contender, assumptions_of, contender_from_path
 from exporter.dataset import dataset_from_npz
 from exporter.errors import ArchitectureRejected, InputRejected, UsageError, VerificationFailed
@@ -79,7 +79,7 @@ def verdict_from_files(
     assumptions = _agreed_assumptions(first, second)
     request = _with_assumptions(told, assumptions)
     try:
-        contenders = [contender_from_path(path, request) for path in (first, second)]
+        contenders = _contenders(first, second, request)
     except (ArchitectureRejected, UsageError) as error:
         if not assumptions:
             raise
@@ -98,6 +98,16 @@ def verdict_from_files(
         )
     used = _assumptions_used(request) if "checkpoint" in (reference.kind, candidate.kind) else assumptions
     return Verdict(reference.title, candidate.title, source, used, (check,), measured.ledger)
+
+
+def _contenders(first: pathlib.Path, second: pathlib.Path, request: Request) -> list[Contender]:
+    """Both, in their order; a checkpoint is given images of the size that the other file takes."""
+    opened: dict[pathlib.Path, Contender] = {}
+    for path in sorted((first, second), key=is_checkpoint):
+        opened[path] = contender_from_path(path, request)
+        height, width = opened[path].shape[1:]
+        request = dataclasses.replace(request, size=(height or request.size[0], width or request.size[1]))
+    return [opened[first], opened[second]]
 
 
 def _agreed_assumptions(first: pathlib.Path, second: pathlib.Path) -> dict[str, str]:

@@ -1,0 +1,316 @@
+"""python -m exporter.verify: two files of any kind, equal and not, and everything that is no RepVGG."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+import exporter
+from engines.parity import Gate
+from exporter.errors import InputRejected, UsageError, VerificationFailed
+from exporter.request import Request
+from exporter.verify import main, verdict_of
+from tests.conftest import EXAMPLES, run_process
+from tests.networks import NaiveRepVGG, Shape, contiguous_float, deployed_state
+
+CHECKPOINT = EXAMPLES / "fashion.pt"
+IMAGES = EXAMPLES / "fashion_test.npz"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """fashion.pt as ONNX and FP16 engine."""
+    out = tmp_path_factory.mktemp("verify") / "out"
+    exporter.export(CHECKPOINT, out, size=28, trt=["fp16"])
+    return out
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A copy of an exported file, with its model changed."""
+
+    def make(name, change):
+        path = tmp_path / name
+        model = onnx.load(exported / name)
+        change(model)
+        onnx.save(model, path)
+        return path
+
+    return make
+
+
+def tensor(model, name):
+    return next(t for t in model.graph.initializer if t.name == name)
+
+
+def replaced(model, name, change):
+    old = tensor(model, name)
+    old.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(old).copy())), name))
+
+
+# --- equal
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "reference", "gate"),
+    [
+        ("fashion.pt", "fashion.onnx", "fashion.pt (checkpoint, float64)", 5e-6),
+        ("fashion.onnx", "fashion.pt", "fashion.pt (checkpoint, float64)", 5e-6),
+        ("fashion.fp16.onnx", "fashion.pt", "fashion.pt (checkpoint, float64)", 5e-3),
+        ("fashion.fp16.onnx", "fashion.onnx", "fashion.onnx (ONNX, fp32)", 5e-3),
+        ("fashion.onnx", "fashion.onnx", "fashion.onnx (ONNX, fp32)", 5e-6),
+        ("fashion.pt", "fashion.pt", "fashion.pt (checkpoint, float64)", 5e-6),
+    ],
+)
+@pytest.mark.parametrize("inputs", [None, IMAGES], ids=["noise", "images"])
+def test_files_of_one_network_agree_without_any_flag(a, b, reference, gate, inputs, exported):
+    paths = [CHECKPOINT if name == "fashion.pt" else exported / name for name in (a, b)]
+    told = Request(path=CHECKPOINT, out=exported, size=(28, 28)) if a == b == "fashion.pt" else None
+    verdict = verdict_of(*paths, inputs=inputs, told=told)
+    assert verdict.passed
+    assert verdict.reference == reference
+    assert verdict.checks[0].gate == gate
+    assert verdict.rows[0].batches[:1] == (1,)
+    assert verdict.rows[0].comparison.rows == (256 if inputs else 4 + 32)
+    assert (verdict.inputs == "the first 256 images of fashion_test.npz") is (inputs is not None)
+
+
+def test_a_training_and_a_deployed_checkpoint_agree(saved, tmp_path):
+    model = NaiveRepVGG(Shape(), seed=4)
+    trained = saved(contiguous_float(model.state_dict()), "trained.pt")
+    deployed = saved(deployed_state(model), "deployed.pt")
+    told = Request(path=trained, out=tmp_path, size=(20, 20))
+    assert verdict_of(trained, deployed, told=told).passed
+    other = saved(deployed_state(NaiveRepVGG(Shape(), seed=5)), "other.pt")
+    assert not verdict_of(trained, other, told=told).passed
+
+
+def test_the_command_says_what_it_compared(exported, capsys):
+    assert main([str(CHECKPOINT), str(exported / "fashion.onnx")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reference: fashion.pt (checkpoint, float64); inputs: seeded noise (no --inputs given)"
+    assert "assumed: strides 2,2,2,2,2" in lines
+    assert any(line.startswith("ok   fashion.onnx (ONNX, fp32) against fashion.pt") for line in lines)
+    assert lines[-1].split()[:3] == ["fashion.onnx", "(ONNX,", "fp32)"]
+
+
+def test_the_command_as_json(exported, capsys):
+    assert main([str(CHECKPOINT), str(exported / "fashion.fp16.onnx"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is True
+    assert found["rows"][0]["comparison"]["rows"] == 36
+    assert found["assumptions"]["size"] == "28,28"
+
+
+def test_an_onnx_file_of_another_exporter_is_compared_too(tmp_path):
+    """Other tensor names, no metadata, and a batch that is fixed."""
+    model = NaiveRepVGG(Shape(), seed=4)
+    torch.save(contiguous_float(model.state_dict()), tmp_path / "model.pt")
+    exporter.export(tmp_path / "model.pt", tmp_path / "out", size=20)
+    foreign = onnx.load(tmp_path / "out" / "model.onnx")
+    del foreign.metadata_props[:]
+    for node in foreign.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [{"input": "x", "output": "y"}.get(name, name) for name in names]
+    foreign.graph.input[0].name, foreign.graph.output[0].name = "x", "y"
+    foreign.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    verdict = verdict_of(tmp_path / "model.pt", tmp_path / "foreign.onnx")
+    assert verdict.passed
+    assert verdict.assumptions["size"] == "20,20"
+
+
+# --- not equal
+
+
+CHANGES = {
+    "swapped channels": ("stage1.1.weight", lambda w: w[[1, 0, *range(2, len(w))]]),
+    "a transposed kernel": ("stage1.1.weight", lambda w: w.transpose(0, 1, 3, 2)),
+    "a lost bias": ("stage2.0.bias", np.zeros_like),
+    "a tenth of a percent": ("stage3.0.weight", lambda w: w * w.dtype.type(1.001)),
+    "another order of classes": ("head.weight", lambda w: w[::-1]),
+    "constant output": ("head.weight", np.zeros_like),
+}
+
+
+@pytest.mark.parametrize(("name", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_changed_weight_fails(name, change, copy):
+    verdict = verdict_of(CHECKPOINT, copy("fashion.onnx", lambda model: replaced(model, name, change)))
+    assert not verdict.passed
+    assert "fashion.onnx (ONNX, fp32) against fashion.pt (checkpoint, float64): relative error" in verdict.failure_line
+
+
+def test_a_graph_whose_rows_are_mixed_up_fails(copy):
+    """The batch is turned into the features and back, one row on."""
+
+    def mixed(model):
+        gemm = next(node for node in model.graph.node if node.op_type == "Gemm")
+        gemm.output[0] = "scores"
+        model.graph.initializer.append(numpy_helper.from_array(np.array([10, -1], np.int64), "turned"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 10], np.int64), "back"))
+        model.graph.node.append(helper.make_node("Reshape", ["scores", "turned"], ["mixed"], name="mixed"))
+        model.graph.node.append(helper.make_node("Reshape", ["mixed", "back"], ["flat"], name="flat"))
+        model.graph.node.append(helper.make_node("Relu", ["flat"], ["output"], name="last"))
+
+    verdict = verdict_of(CHECKPOINT, copy("fashion.onnx", mixed))
+    assert not verdict.passed
+
+
+def test_another_epsilon_fails_and_the_right_one_passes(exported):
+    assert main([str(CHECKPOINT), str(exported / "fashion.onnx"), "--eps", "1e-5", "--quiet"]) == 0
+    assert main([str(CHECKPOINT), str(exported / "fashion.onnx"), "--eps", "1.1e-5", "--quiet"]) == 1
+
+
+def test_the_gate_may_be_given(exported, capsys):
+    files = [str(CHECKPOINT), str(exported / "fashion.fp16.onnx"), "--quiet"]
+    assert main([*files, "--gate", "1e-5"]) == 1
+    assert "exceeds 1.0e-05" in capsys.readouterr().err
+    assert main([*files, "--gate", "1e-2"]) == 0
+    assert not verdict_of(CHECKPOINT, exported / "fashion.fp16.onnx", gate=Gate(1e-5, top1=True)).passed
+
+
+def test_the_checkpoint_of_another_network_is_not_what_the_file_was_made_from(exported, saved):
+    other = saved(contiguous_float(NaiveRepVGG(Shape()).state_dict()))
+    with pytest.raises(VerificationFailed, match=r"take different images: 3x28x28 and 1x28x28"):
+        verdict_of(other, exported / "fashion.onnx")
+
+
+def test_a_wrong_number_of_strides_in_the_metadata_is_one_line(copy):
+    def lie(model):
+        for entry in model.metadata_props:
+            entry.value = entry.value.replace("2,2,2,2,2", "2,2,2,2")
+
+    with pytest.raises(InputRejected, match="the assumptions in the file's metadata make no sense: --strides"):
+        verdict_of(CHECKPOINT, copy("fashion.onnx", lie))
+
+
+def test_other_strides_in_the_metadata_make_another_network(copy):
+    def lie(model):
+        for entry in model.metadata_props:
+            entry.value = entry.value.replace("2,2,2,2,2", "2,2,1,1,1")
+
+    path = copy("fashion.onnx", lie)
+    assert not verdict_of(CHECKPOINT, path).passed
+
+
+def test_files_made_under_different_assumptions_are_told_apart(exported, copy):
+    def other(model):
+        for entry in model.metadata_props:
+            entry.value = entry.value.replace('"eps": "1e-05"', '"eps": "0.001"')
+
+    with pytest.raises(VerificationFailed, match=r"different assumptions: eps 1e-05 and 0\.001"):
+        verdict_of(exported / "fashion.fp16.onnx", copy("fashion.onnx", other))
+
+
+# --- what is no RepVGG: exit code 1
+
+
+def test_a_foreign_operation_is_named(copy):
+    def foreign(model):
+        next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Tanh"
+
+    with pytest.raises(VerificationFailed, match=r"a foreign operation: Tanh stage0\.0/Relu"):
+        verdict_of(CHECKPOINT, copy("fashion.onnx", foreign))
+
+
+def test_an_operation_of_another_domain_is_named(copy):
+    def foreign(model):
+        next(node for node in model.graph.node if node.op_type == "Relu").domain = "com.example"
+
+    with pytest.raises(VerificationFailed, match="a foreign operation: Relu"):
+        verdict_of(CHECKPOINT, copy("fashion.onnx", foreign))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_weight_that_is_not_a_number_is_exit_code_1_in_either_file(value, copy, saved, capsys):
+    def planted(weight):
+        weight.flat[7] = value
+        return weight
+
+    path = copy("fashion.onnx", lambda model: replaced(model, "stage2.0.weight", planted))
+    assert main([str(CHECKPOINT), str(path)]) == 1
+    assert "weight stage2.0.weight: NaN or infinite" in capsys.readouterr().err
+    state = contiguous_float(NaiveRepVGG(Shape()).state_dict())
+    planted(next(iter(state.values())).numpy())
+    assert main([str(saved(state)), str(CHECKPOINT)]) == 1
+    assert "NaN or infinite" in capsys.readouterr().err
+
+
+def test_an_input_in_half_precision_is_named(copy):
+    def half(model):
+        model.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+
+    with pytest.raises(VerificationFailed, match="its input is float16 with 4 dimensions, not float32"):
+        verdict_of(CHECKPOINT, copy("fashion.onnx", half))
+
+
+# --- what cannot be used
+
+
+def test_an_engine_without_a_gpu_is_exit_code_4(exported, capsys):
+    assert main([str(exported / "fashion.onnx"), str(exported / "fashion.fp16.engine")]) == 4
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_an_engine_that_was_changed_is_refused_before_anything_asks_for_a_gpu(exported, tmp_path, capsys):
+    for name in ("fashion.fp16.engine", "fashion.fp16.engine.json"):
+        shutil.copy(exported / name, tmp_path / name)
+    data = bytearray((tmp_path / "fashion.fp16.engine").read_bytes())
+    data[-1000] ^= 1
+    (tmp_path / "fashion.fp16.engine").write_bytes(data)
+    assert main([str(exported / "fashion.onnx"), str(tmp_path / "fashion.fp16.engine")]) == 3
+    assert "SHA-256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, b"", b"nothing", b"\x08\x08", b"PK\x03\x04", b"\x80\x02."])
+def test_a_file_that_is_none_of_the_three_is_one_line(content, exported, tmp_path, capsys):
+    path = tmp_path / "file"
+    if content is not None:
+        path.write_bytes(content)
+    for pair in ([path, exported / "fashion.onnx"], [exported / "fashion.onnx", path]):
+        assert main([str(file) for file in pair]) == 3
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1
+        assert str(path) in lines[0]
+
+
+@pytest.mark.parametrize("flags", [["--gate", "x"], ["--gate", "1,2"], ["--gate", "-1"], ["--no-such-flag"]])
+def test_a_wrong_flag_is_exit_code_2(flags, exported, capsys):
+    assert main([str(CHECKPOINT), str(exported / "fashion.onnx"), *flags]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_metadata_that_makes_no_sense_is_one_line(copy, capsys):
+    def nonsense(model):
+        for entry in model.metadata_props:
+            entry.value = entry.value.replace('"size": "28x28"', '"size": "large"')
+
+    assert main([str(CHECKPOINT), str(copy("fashion.onnx", nonsense))]) == 3
+    assert "make no sense" in capsys.readouterr().err
+
+
+def test_images_of_another_size_are_refused(exported, tmp_path, capsys):
+    np.savez(tmp_path / "images.npz", images=np.zeros((4, 27, 28), np.uint8))
+    files = [str(CHECKPOINT), str(exported / "fashion.onnx")]
+    assert main([*files, "--inputs", str(tmp_path / "images.npz")]) == 3
+    assert "1 channels of 28x28" in capsys.readouterr().err
+
+
+def test_help_needs_nothing_heavy(tmp_path):
+    done = run_process(["-X", "importtime", "-m", "exporter.verify", "--help"], tmp_path)
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "numpy", "onnx", "onnxruntime"}
+    assert "checkpoint, ONNX file and engine" in done.stdout
+
+
+def test_strides_that_do_not_fit_two_checkpoints_are_a_wrong_flag(saved, tmp_path):
+    path = saved(contiguous_float(NaiveRepVGG(Shape()).state_dict()))
+    with pytest.raises(UsageError, match="--strides: 2 numbers for 5 stages"):
+        verdict_of(path, path, told=Request(path=path, out=tmp_path, size=(20, 20), strides=(2, 2)))
