@@ -34,6 +34,7 @@ def export(
     labels: str | os.PathLike[str] | None = None,
     max_drop: float | None = None,
     expect: str | os.PathLike[str] | None = None,
+    ignore_witness: bool = False,
     layers: bool = False,
     require: Sequence[str] = (),
     sdk: str | None = None,
@@ -61,6 +62,7 @@ def export(
         labels: an ``.npz`` with ``images`` and ``labels``; the top-1 of every precision is counted on them.
         max_drop: the most top-1, in percentage points, that a precision may lose against float32.
         expect: an ``.npz`` with ``input`` and ``output`` of your own model, which must be reproduced.
+        ignore_witness: whether images that the batch norms do not know are told, but let pass.
         layers: whether to compare every layer, too.
         require: ("trt",) where an engine that no GPU here can run is an error.
         sdk: "tensorrt" or "tensorrt_rtx"; None chooses.
@@ -98,6 +100,7 @@ def export(
         labels=None if labels is None else pathlib.Path(labels),
         max_drop=max_drop,
         expect=None if expect is None else pathlib.Path(expect),
+        ignore_witness=ignore_witness,
         layers=layers,
         require=tuple(require),
         sdk=sdk,

@@ -87,6 +87,7 @@ def _parser() -> Parser:
     proof.add_argument(
         "--expect", type=pathlib.Path, metavar="NPZ", help="input and output of your own model: must be reproduced"
     )
+    proof.add_argument("--ignore-witness", action="store_true", help="let images pass that the batch norms do not know")
     proof.add_argument("--layers", action="store_true", help="compare layer by layer, and name the first that departs")
     proof.add_argument(
         "--require", action="append", default=[], metavar="trt", help="trt: fail where no GPU can run the engines"
@@ -145,6 +146,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         labels=arguments.labels,
         max_drop=None if arguments.max_drop is None else _one_number("--max-drop", arguments.max_drop, "0.5"),
         expect=arguments.expect,
+        ignore_witness=arguments.ignore_witness,
         layers=arguments.layers,
         require=tuple(arguments.require),
         sdk=arguments.sdk,

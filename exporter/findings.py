@@ -46,6 +46,11 @@ class Findings:
             self.gates[precision] = check.gate
         self.add([check])
 
+    def add_witness(self, found: Sequence[Check], witness: dict[str, Any] | None) -> None:
+        """What the batch norms say about the images."""
+        self.witness = witness
+        self.add(found)
+
     def add_engine(self, record: EngineRecord, found: Sequence[Check]) -> None:
         """An engine and its checks."""
         self.engines.append(record)

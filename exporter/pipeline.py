@@ -45,6 +45,7 @@ from exporter.model import logits
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
 from exporter.onnxruntime_cpu import Session, session_from_file, session_from_graph
+from exporter.outside import witness_from_inputs
 from exporter.plain import Plain, plain_from_repvgg
 from exporter.precisions import PRECISIONS
 from exporter.processes import Processes
@@ -93,6 +94,7 @@ def report_from_checkpoint(
             notify(line)
 
         found = Findings(notify)
+        found.add_witness(*witness_from_inputs(architecture, tensors, inputs, ignored=request.ignore_witness))
         reference = reference_from_repvgg(architecture, tensors, inputs.images)
         plain = plain_from_repvgg(architecture, tensors, inputs.images)
         intact.result()
@@ -100,11 +102,9 @@ def report_from_checkpoint(
         checkpoint.tensors.clear()
         found.add(checks.fusion_checks(plain, reference.outputs))
         measured = Measured(reference, largest_batch(architecture, request.size, request.batch[2]))
-        measured.keep_outputs("fused, float64", plain.outputs)
-        measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain))
+        measure_fused(measured, plain, structure)
 
         metadata = functools.partial(subject.metadata, digest.result())
-        measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run)
         simplified = onnx.ModelProto.FromString(processes.simplifier.result())
         graph = onnx_from_plain(plain, simplified, metadata("fp32"))
         typed = typed_from_request(request, graph, plain, reference, metadata, processes, stage, found)
@@ -169,6 +169,13 @@ def subject_from(request: Request, checkpoint: Checkpoint, architecture: Archite
     """Everything about the run that goes into metadata, sidecars and the report."""
     normalise = normalisation(architecture.in_channels, request.mean, request.std)
     return Subject(request, checkpoint.container, checkpoint.others, architecture, normalise)
+
+
+def measure_fused(measured: Measured, plain: Plain, structure: onnx.ModelProto) -> None:
+    """The fused network before it is a file: in float64, in float32 by torch, and as an ONNX graph."""
+    measured.keep_outputs("fused, float64", plain.outputs)
+    measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain))
+    measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run)
 
 
 def check_of_float32(

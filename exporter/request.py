@@ -59,6 +59,7 @@ class Request:
     labels: pathlib.Path | None = None
     max_drop: float | None = None
     expect: pathlib.Path | None = None
+    ignore_witness: bool = False
     layers: bool = False
     require: tuple[str, ...] = ()
     sdk: str | None = None

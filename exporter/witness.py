@@ -12,7 +12,7 @@ and without images, in a block with an identity and a 1x1 branch, which see the 
 
     disagreement    |W m_identity - m_1x1| / sqrt(v_1x1 + eps)
 
-The verdict takes the largest excess over the layers. Thresholds stand on seven trained networks (Fashion-MNIST and
+The verdict takes the largest excess over the layers. Thresholds stand on six trained networks (Fashion-MNIST and
 CIFAR-10; with and without augmentation, SE, groups; 32 to 512 images; benchmarks/witness_table.py makes the part of
 the table that needs nothing but this project):
 
@@ -48,7 +48,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.architecture import Architecture, Block
-from exporter.model import block_output, block_tensors
+from exporter.model import block_output, block_tensors, branch_sum
 
 CLEAR_DRIFT, CLEAR_SPREAD = 0.075, 0.15
 WRONG_DRIFT, WRONG_SPREAD = 0.4, 0.5
@@ -111,7 +111,9 @@ class Witness:
         for row, layer in zip(fields["layers"], self.layers, strict=True):
             row.update(excess_drift=layer.excess_drift, excess_spread=layer.excess_spread)
         for row in (*fields["layers"], *fields["agreements"]):
-            row.update({key: None for key, value in row.items() if value != value or value in (math.inf, -math.inf)})
+            row.update(
+                {key: None for key, value in row.items() if not isinstance(value, str) and not math.isfinite(value)}
+            )
         return {**fields, "layers": list(fields["layers"]), "agreements": list(fields["agreements"])}
 
 
@@ -140,22 +142,17 @@ def layers_from_images(
     blocks: int | None = None,
 ) -> tuple[int, tuple[LayerWitness, ...]]:
     """The number of images, and a row for each batch norm of the first ``blocks`` blocks (None: of all), in order."""
-    prepared = [(block, block_tensors(tensors, block, torch.float32)) for block in architecture.blocks[:blocks]]
-    sums: dict[str, _Sums] = {}
+    asked = [_Asked(block, tensors, architecture.bn_eps) for block in architecture.blocks[:blocks]]
+    images = 0
     with torch.inference_mode():
         for batch in batches:
+            images += len(batch)
             pixels = batch.shape[2] * batch.shape[3]
             for part in torch.split(torch.from_numpy(batch), max(1, PIXELS_AT_ONCE // pixels)):
                 x = part.contiguous(memory_format=torch.channels_last)
-                for block, own in prepared:
-                    x = _block_output_observed(block, own, x, architecture.bn_eps, sums)
-    images = next(iter(sums.values())).images if sums else 0
-    return images, tuple(
-        sums[name].layer(name, own[f"{name.rpartition('.')[2]}.bn.running_var"].double(), architecture.bn_eps)
-        for block, own in prepared
-        for name in _batch_norms(block)
-        if name in sums
-    )
+                for one in asked:
+                    x = one.output(x)
+    return images, tuple(layer for one in asked for layer in one.layers(images)) if images else ()
 
 
 def branch_outputs(block: Block, own: Mapping[str, Tensor], x: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -183,55 +180,55 @@ def agreements_from_tensors(architecture: Architecture, tensors: Mapping[str, Te
     return tuple(found)
 
 
-class _Sums:
-    """Sums over images of m, q, m^2, q^2 and m q: m and q are an image's mean and mean square, per channel."""
+class _Asked:
+    """One block, and what its batch norms were given so far.
 
-    def __init__(self) -> None:
-        self.images = 0
-        self.total: Tensor | float = 0.0
+    ``sums`` has per branch, over images: m, q, m^2, q^2 and m q, where m and q are an image's mean and mean square per
+    channel.
+    """
 
-    def add(self, z: Tensor) -> None:
-        """Takes (n, C, H, W), normalised by the running statistics."""
-        mean = z.mean(dim=(2, 3)).double()
-        square = torch.linalg.vector_norm(z, dim=(2, 3)).double().square() / (z.shape[2] * z.shape[3])
-        self.images += len(z)
-        self.total = self.total + torch.stack([mean, square, mean**2, square**2, mean * square]).sum(dim=1)
+    def __init__(self, block: Block, tensors: Mapping[str, Tensor], eps: float) -> None:
+        self.block, self.eps = block, eps
+        self.own = block_tensors(tensors, block, torch.float32)
+        self.sums: dict[str, Tensor] = {}
+        self.scales: dict[str, Tensor] = {}
+        self.shift = torch.zeros(block.out_channels)
+        for branch in () if block.deployed else block.branches:
+            scale = self._of(branch, "weight") / torch.sqrt(self._of(branch, "running_var") + eps)
+            self.shift += (self._of(branch, "bias") - self._of(branch, "running_mean") * scale).float()
+            self.scales[branch] = scale.float().reshape(-1, 1, 1)
+            self.sums[branch] = torch.zeros(5, len(scale), dtype=torch.float64)
 
-    def layer(self, name: str, running_variance: Tensor, eps: float) -> LayerWitness:
-        """The row of the batch norm; a variance's standard error is that of q - 2 m' m."""
-        mean, square, mean_mean, square_square, mean_square = torch.as_tensor(self.total) / self.images
-        variance = (square - mean**2).clamp(min=0) + eps / (running_variance + eps)
-        between = (mean_mean - mean**2).clamp(min=0)
-        of_variance = (square_square - square**2) + 4 * mean**2 * between - 4 * mean * (mean_square - square * mean)
-        others = max(1, self.images - 1)
-        return LayerWitness(
-            layer=name,
-            drift=float(mean.abs().mean()),
-            spread=float(variance.log().abs().mean()),
-            drift_by_chance=float((between / others).sqrt().mean()),
-            spread_by_chance=float(((of_variance.clamp(min=0) / others).sqrt() / variance).mean()),
-        )
+    def output(self, x: Tensor) -> Tensor:
+        """What leaves the block for ``x`` (n, in, H, W)."""
+        if self.block.deployed:
+            return block_output(self.block, self.own, branch_sum(self.block, self.own, x, self.eps))
+        total = self.shift.reshape(-1, 1, 1)
+        for branch, y in branch_outputs(self.block, self.own, x):
+            mean, square = y.mean(dim=(2, 3)).double(), y.square().mean(dim=(2, 3)).double()
+            self.sums[branch] += torch.stack([mean, square, mean**2, square**2, mean * square]).sum(dim=1)
+            total = torch.addcmul(total, y, self.scales[branch])
+        return block_output(self.block, self.own, total)
 
+    def layers(self, images: int) -> Iterator[LayerWitness]:
+        """A row for each batch norm. A variance's standard error is that of q - 2 m' m."""
+        for branch, sums in self.sums.items():
+            mean, square, mean_mean, square_square, mean_square = sums / images
+            of_mean = mean_mean - mean**2
+            of_square = square_square - square**2 + 4 * mean**2 * of_mean - 4 * mean * (mean_square - mean * square)
+            chance = [(values.clamp(min=0) / max(1, images - 1)).sqrt() for values in (of_mean, of_square)]
+            expected = self._of(branch, "running_var") + self.eps
+            observed = (square - mean**2).clamp(min=0) + self.eps
+            yield LayerWitness(
+                layer=f"{self.block.name}.{branch}",
+                drift=float(((mean - self._of(branch, "running_mean")).abs() / expected.sqrt()).mean()),
+                spread=float((observed / expected).log().abs().mean()),
+                drift_by_chance=float((chance[0] / expected.sqrt()).mean()),
+                spread_by_chance=float((chance[1] / observed).mean()),
+            )
 
-def _block_output_observed(
-    block: Block, own: Mapping[str, Tensor], x: Tensor, bn_eps: float, sums: dict[str, _Sums]
-) -> Tensor:
-    """What leaves the block; each batch norm's normalised input goes into ``sums`` before its scale and shift."""
-    if block.deployed:
-        total = functional.conv2d(x, own["fused.weight"], own["fused.bias"], block.stride, 1, 1, block.groups)
-        return block_output(block, own, total)
-    total = torch.zeros(())
-    for branch, y in branch_outputs(block, own, x):
-        mean, variance = own[f"{branch}.bn.running_mean"], own[f"{branch}.bn.running_var"]
-        z = functional.batch_norm(y, mean, variance, training=False, eps=bn_eps)
-        sums.setdefault(f"{block.name}.{branch}", _Sums()).add(z)
-        scale, shift = (own[f"{branch}.bn.{name}"].reshape(-1, 1, 1) for name in ("weight", "bias"))
-        total = torch.addcmul(total, z, scale).add_(shift)
-    return block_output(block, own, total)
-
-
-def _batch_norms(block: Block) -> list[str]:
-    return [] if block.deployed else [f"{block.name}.{branch}" for branch in block.branches]
+    def _of(self, branch: str, name: str) -> Tensor:
+        return self.own[f"{branch}.bn.{name}"].double()
 
 
 def _excess(value: float, chance: float) -> float:
@@ -266,8 +263,8 @@ def _line(verdict: str, images: int, layers: tuple[LayerWitness, ...], agreement
     worst = max(agreements, key=lambda one: _number(one.disagreement), default=None)
     if worst is not None and _number(worst.disagreement) > CLEAR_DISAGREEMENT:
         return (
-            f"{verdict}: the branches of {worst.block} contradict each other (by {worst.disagreement:.2g} of a standard "
-            f"deviation): weights and batch norm statistics are not of the same training; export another checkpoint"
+            f"{verdict}: the branches of {worst.block} contradict each other (by {worst.disagreement:.2g} of a "
+            f"standard deviation): weights and batch norm statistics are not of the same training; export another checkpoint"
         )
     if verdict == UNAVAILABLE:
         few = f"{images} images are too few to tell ({FEWEST_IMAGES} are needed, 128 are better)"

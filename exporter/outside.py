@@ -1,0 +1,51 @@
+"""What is asked of witnesses from outside: of the batch norms, and of the user's own model.
+
+No comparison of two forms of one reconstruction shows that the reconstruction is right: both sides would have the wrong
+stride, epsilon or normalisation. The statistics in the batch norms were taken from the real images in training
+(``exporter.witness``), and ``--expect`` has the real model's answers (``exporter.expectation``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from exporter.architecture import Architecture
+from exporter.inputs import Inputs
+from exporter.proposals import proposal_from_images
+from exporter.report import Check
+from exporter.witness import CLEAR, UNAVAILABLE, WRONG, witness_from_images
+
+IMAGES = 128
+IMAGES_AT_ONCE = 32
+STAGE = "witness, batch norms against your images"
+
+
+def witness_from_inputs(
+    architecture: Architecture, tensors: Mapping[str, Tensor], inputs: Inputs, *, ignored: bool
+) -> tuple[list[Check], dict[str, Any] | None]:
+    """Runs the first IMAGES real images, where there are any, through the training-time network.
+
+    It fails where the batch norms do not know the images at all, or where other assumptions fit clearly better;
+    ``ignored`` makes a finding of that instead of a failure.
+
+    Returns:
+        The check, and the report's ``witness``.
+    """
+    dataset = inputs.calibration or inputs.labelled
+    if dataset is None:
+        return [], None
+    witness = witness_from_images(architecture, tensors, dataset.batches(IMAGES_AT_ONCE, IMAGES))
+    record, detail = witness.record(), witness.line
+    if witness.verdict in (CLEAR, UNAVAILABLE):
+        passed = None if witness.verdict == UNAVAILABLE else True
+        return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": None}
+    images = next(dataset.raw(IMAGES, IMAGES))
+    proposal = proposal_from_images(architecture, tensors, images, dataset.normalise)
+    failed = witness.verdict == WRONG or proposal.found
+    detail += f"; {proposal.line}"
+    if failed:
+        detail += " (ignored, as --ignore-witness says)" if ignored else " (--ignore-witness lets it pass)"
+    return [Check(STAGE, not failed or ignored, None, None, detail)], {**record, "proposal": proposal.record()}

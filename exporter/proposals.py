@@ -1,0 +1,267 @@
+"""What fits the images better: other normalisations, the channels reversed, other strides, judged by the batch norms.
+
+Hypotheses are compared on the same images by their distance, twice the drift plus the spread (``exporter.witness``): for
+normalisation and channel order that of the first batch norm, which sees the images themselves and costs one block; for
+strides all layers, one stage's stride changed at a time as long as that helps. A hypothesis is proposed only where it
+is clearly better; the factors stand on the networks of the witness's table, where every one of their wrong
+normalisations, orders and strides was put right, but for some last stages, and none that was right was touched.
+
+Channel order has no flag: images have to be read in another one. Images that come as floats are normalised already, so
+that only their order and the strides can be tried. An image size cannot be tried at all, and a wrong one may look like
+other strides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from exporter.architecture import Architecture, joined, stage_of
+from exporter.images import IMAGENET_MEAN, IMAGENET_STD, Normalisation
+from exporter.witness import LayerWitness, layers_from_images
+from exporter.workload import multiply_accumulates
+
+RAW_STD = 0.00392157
+COLOUR_NORMALISATIONS = (
+    ("ImageNet", IMAGENET_MEAN, IMAGENET_STD),
+    ("-1..1", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ("0..1", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ("0..255", (0.0, 0.0, 0.0), (RAW_STD, RAW_STD, RAW_STD)),
+    ("ImageNet mean in 0..255, no std", IMAGENET_MEAN, (RAW_STD, RAW_STD, RAW_STD)),
+    ("CIFAR-10", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),
+    ("CIFAR-10, std of single images", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)),
+    ("CIFAR-100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    ("CLIP", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+)
+GREY_NORMALISATIONS = (
+    ("-1..1", (0.5,), (0.5,)),
+    ("0..1", (0.0,), (1.0,)),
+    ("0..255", (0.0,), (RAW_STD,)),
+    ("MNIST", (0.1307,), (0.3081,)),
+    ("Fashion-MNIST", (0.286,), (0.353,)),
+    ("ImageNet in grey", (0.449,), (0.226,)),
+)
+STEM_FACTOR, WHOLE_FACTOR = 0.75, 0.9
+STRIDE_FACTOR, STEP_FACTOR, NOT_WORSE = 0.7, 0.9, 1.05
+LARGEST_WORK = 400e9
+"""Multiply-accumulates that one stride pattern may take; the images are as many as fit, those that fit none stay out."""
+LARGEST_COUNT, SMALLEST_COUNT = 64, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """The best that was found. ``found`` says whether it is clearly better than what was assumed.
+
+    ``drift_before`` and ``drift_after`` are means over the batch norms of the distance, twice the drift plus the spread.
+    ``flags`` is what to add to the command, empty where nothing needs a flag.
+    """
+
+    found: bool
+    flags: str
+    reversed_channels: bool
+    drift_before: float
+    drift_after: float
+    tried: tuple[str, ...]
+    line: str
+
+    def record(self) -> dict[str, Any]:
+        """As data for the report."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Hypothesis:
+    """A network and how its images are made from those that were given."""
+
+    architecture: Architecture
+    normalise: Normalisation | None
+    reversed_channels: bool = False
+
+    def batch(self, images: NDArray[Any]) -> NDArray[np.float32]:
+        """What the network is given for ``images``."""
+        ordered = images[:, ::-1] if self.reversed_channels else images
+        if self.normalise is None:
+            return np.ascontiguousarray(ordered, np.float32)
+        mean, std = (
+            np.array(values, np.float32)[:, None, None] for values in (self.normalise.mean, self.normalise.std)
+        )
+        return np.ascontiguousarray((ordered.astype(np.float32) / np.float32(255) - mean) / std)
+
+
+def proposal_from_images(
+    architecture: Architecture, tensors: Mapping[str, Tensor], images: NDArray[Any], normalise: Normalisation
+) -> Proposal:
+    """Looks for what fits better than ``architecture`` and ``normalise`` do. For when the witness is not clear.
+
+    Args:
+        architecture: as assumed; not in deployed form, whose witness is unavailable.
+        tensors: by canonical name.
+        images: (n, C, H, W), uint8 before normalisation or float32 after it; 64 are used at most.
+        normalise: what was assumed for uint8 images.
+    """
+    assumed = _Hypothesis(architecture, normalise if images.dtype == np.uint8 else None)
+    images = images[:LARGEST_COUNT]
+    fit = _Fit(tensors, images)
+    best, names = _best_input(assumed, fit)
+    best, patterns = _best_strides(best, fit)
+    tried = (*names, *(f"strides {joined(pattern)}" for pattern in patterns))
+    before = _mean(fit.layers(assumed, len(images)))
+    after = before if best == assumed else _mean(fit.layers(best, len(images)))
+    return Proposal(
+        found=best != assumed,
+        flags=_flags(assumed, best),
+        reversed_channels=best.reversed_channels,
+        drift_before=before,
+        drift_after=after,
+        tried=tried,
+        line=_line(assumed, best, before, after, len(tried)),
+    )
+
+
+def stride_choices(architecture: Architecture) -> tuple[tuple[int, ...], ...]:
+    """Per stage, the strides that the tensors allow its first block; deployed blocks allow both."""
+    firsts = {stage_of(block): block for block in reversed(architecture.blocks)}
+    identities = any("identity" in block.branches for block in architecture.blocks)
+    choices = []
+    for _, block in sorted(firsts.items()):
+        if "identity" in block.branches:
+            choices.append((1,))
+        elif identities and not block.deployed and block.in_channels == block.out_channels:
+            choices.append((2,))
+        else:
+            choices.append((1, 2))
+    return tuple(choices)
+
+
+def with_strides(architecture: Architecture, strides: tuple[int, ...]) -> Architecture:
+    """``architecture`` with other strides of the first blocks of its stages. Its published name is kept."""
+    blocks, seen = [], set()
+    for block in architecture.blocks:
+        stage = stage_of(block)
+        blocks.append(block if stage in seen else dataclasses.replace(block, stride=strides[stage]))
+        seen.add(stage)
+    return dataclasses.replace(architecture, blocks=tuple(blocks), stage_strides=strides)
+
+
+class _Fit:
+    """Distances of hypotheses on the same images."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], images: NDArray[Any]) -> None:
+        self.tensors, self.images = tensors, images
+
+    def layers(self, hypothesis: _Hypothesis, count: int, blocks: int | None = None) -> tuple[LayerWitness, ...]:
+        """The rows of the first ``blocks`` blocks on the first ``count`` images."""
+        batches = (hypothesis.batch(self.images[start : start + 8]) for start in range(0, count, 8))
+        return layers_from_images(hypothesis.architecture, self.tensors, batches, blocks)[1]
+
+    def count(self, architecture: Architecture) -> int:
+        """How many of the images a run of ``architecture`` may take; 0 where that is too few to tell anything."""
+        work = multiply_accumulates(architecture, self.images.shape[2:])
+        count = min(len(self.images), int(LARGEST_WORK / work))
+        return count if count >= min(SMALLEST_COUNT, len(self.images)) else 0
+
+
+def _best_input(assumed: _Hypothesis, fit: _Fit) -> tuple[_Hypothesis, list[str]]:
+    """The normalisation and channel order that suit the first batch norm, and the names of those tried."""
+    stem = next(number for number, block in enumerate(assumed.architecture.blocks, 1) if not block.deployed)
+    named = list(_inputs(assumed))
+    names = [name for name, _ in named]
+    if not named:
+        return assumed, names
+    at_stem = [(_mean(fit.layers(one, len(fit.images), stem)), one) for _, one in named]
+    nearest, best = min(at_stem, key=lambda pair: pair[0])
+    if not nearest <= STEM_FACTOR * _mean(fit.layers(assumed, len(fit.images), stem)):
+        return assumed, names
+    count = fit.count(assumed.architecture)
+    better = _mean(fit.layers(best, count)) <= WHOLE_FACTOR * _mean(fit.layers(assumed, count))
+    return (best if better else assumed), names
+
+
+def _inputs(assumed: _Hypothesis) -> Iterator[tuple[str, _Hypothesis]]:
+    """Every other way of making the input, with its name."""
+    colour = assumed.architecture.in_channels == 3
+    orders = (False, True) if colour else (False,)
+    normalisations: list[tuple[str, Normalisation | None]] = [("as assumed", assumed.normalise)]
+    if assumed.normalise is not None:
+        known = COLOUR_NORMALISATIONS if colour else GREY_NORMALISATIONS
+        normalisations += [(name, Normalisation(mean, std, assumed=True)) for name, mean, std in known]
+    for name, normalise in normalisations:
+        for reverse in orders:
+            if normalise != assumed.normalise or reverse:
+                order = ", channels reversed" if reverse else ""
+                yield f"{name}{order}", _Hypothesis(assumed.architecture, normalise, reverse)
+
+
+def _best_strides(start: _Hypothesis, fit: _Fit) -> tuple[_Hypothesis, list[tuple[int, ...]]]:
+    """The strides that suit all batch norms, reached one stage at a time, and those tried."""
+    choices = stride_choices(start.architecture)
+    tried: list[tuple[int, ...]] = []
+    best = start
+    while True:
+        found = best
+        for pattern in _neighbours(best.architecture.stage_strides, choices):
+            architecture = with_strides(best.architecture, pattern)
+            count = min(fit.count(architecture), fit.count(best.architecture))
+            if pattern in tried or count == 0:
+                continue
+            tried.append(pattern)
+            candidate = dataclasses.replace(best, architecture=architecture)
+            if _nearer(fit.layers(candidate, count), fit.layers(found, count), STEP_FACTOR):
+                found = candidate
+        if found is best:
+            break
+        best = found
+    count = min(fit.count(best.architecture), fit.count(start.architecture))
+    clearly = best is not start and _nearer(fit.layers(best, count), fit.layers(start, count), STRIDE_FACTOR)
+    return (best if clearly else start), tried
+
+
+def _neighbours(strides: tuple[int, ...], choices: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, ...]]:
+    for stage, allowed in enumerate(choices):
+        for stride in allowed:
+            if stride != strides[stage]:
+                yield (*strides[:stage], stride, *strides[stage + 1 :])
+
+
+def _nearer(candidate: Sequence[LayerWitness], other: Sequence[LayerWitness], factor: float) -> bool:
+    """Whether the mean distance falls to ``factor``, or the largest to STRIDE_FACTOR while the mean does not rise."""
+    mean, largest = _mean(candidate), max(layer.distance for layer in candidate)
+    mean_before, largest_before = _mean(other), max(layer.distance for layer in other)
+    if mean > NOT_WORSE * mean_before or largest > NOT_WORSE * largest_before:
+        return False
+    return mean <= factor * mean_before or largest <= STRIDE_FACTOR * largest_before
+
+
+def _mean(layers: Sequence[LayerWitness]) -> float:
+    return statistics.fmean(layer.distance for layer in layers)
+
+
+def _flags(assumed: _Hypothesis, best: _Hypothesis) -> str:
+    flags = []
+    if best.architecture.stage_strides != assumed.architecture.stage_strides:
+        flags.append(f"--strides {joined(best.architecture.stage_strides)}")
+    if best.normalise is not None and best.normalise != assumed.normalise:
+        mean, std = (",".join(f"{value:g}" for value in values) for values in (best.normalise.mean, best.normalise.std))
+        flags.append(f"--mean {mean} --std {std}")
+    return " ".join(flags)
+
+
+def _line(assumed: _Hypothesis, best: _Hypothesis, before: float, after: float, tried: int) -> str:
+    if best == assumed:
+        return f"none of {tried} other normalisations, channel orders and strides fits your images clearly better"
+    parts = [part for part in (_flags(assumed, best), _order(assumed, best)) if part]
+    return f"your images fit {' and '.join(parts)} far better (drift {after:.2g} instead of {before:.2g})"
+
+
+def _order(assumed: _Hypothesis, best: _Hypothesis) -> str:
+    if not best.reversed_channels:
+        return ""
+    if assumed.normalise is None:
+        return "reversed channels (the order the network was trained on; reverse them before normalising)"
+    return "BGR order (reverse the channels of the images)"
