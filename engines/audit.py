@@ -93,6 +93,11 @@ class Audit:
         unread = f" (not readable: {'; '.join(self.unproven)})" if self.unproven else ""
         return f"{dtypes}, {fused}, {equal}{unread}"
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """Every field and the line, for a sidecar or a report."""
+        return {**dataclasses.asdict(self), "line": self.line}
+
 
 def _short(dtype: str) -> str:
     return {"float16": "FP16", "float32": "FP32", "int8": "INT8"}.get(dtype, dtype)

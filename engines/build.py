@@ -11,10 +11,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engines.arguments import check_batch
-from engines.audit import Audit, audit_of_file, expected_from_onnx
 from engines.compiler import Options, Request
 from engines.errors import (
     CompilerRefused,
@@ -23,20 +22,16 @@ from engines.errors import (
     ReportedError,
     SdkMissing,
     UsageError,
-    VerificationFailed,
     first_line,
-    listed,
 )
-from engines.files import reported_write_errors, sha256_of, synced
+from engines.files import reported_write_errors
 from engines.manifest import Manifest, sidecar_path
-from engines.onnx_file import OnnxFile, onnx_file_from_path
-from engines.plan import header_from_file
 from engines.process import Process
-from engines.replacement import replace_together
 from engines.sdk import Sdk, sdk_for_build
-from engines.sidecar import compute_capabilities, manifest_from_build, origin_from_onnx
 
-REJECTED = ".rejected"
+if TYPE_CHECKING:
+    from engines.audit import Audit
+
 DEFAULT_OPTIONS = Options()
 
 Progress = Callable[[str, int, int], None]
@@ -166,10 +161,15 @@ def build(
         VerificationFailed: the engine is not what the graph says; it is kept as ``<engine>.rejected``.
         InputRejected, UsageError, SdkMissing, CompilerRefused, OutputFailed: see ``engines.errors``.
     """
+    from engines.delivery import delivered  # brings numpy, which compiling alone does without
+    from engines.onnx_file import onnx_file_from_path
+    from engines.sidecar import origin_from_onnx
+
     source, target = pathlib.Path(onnx), pathlib.Path(engine)
     if not source.is_file():
         raise InputRejected(f"{source}: no such ONNX file; export it first with --onnx")
     check_batch(batch)
+    _check_names(source, target, options)
     chosen = sdk_for_build(sdk, gpu)
     check_options(chosen, options)
     graph = onnx_file_from_path(source)
@@ -185,7 +185,19 @@ def build(
                 made = process.result(progress)
         except OutputFailed as error:
             raise OutputFailed(str(error).replace(str(partial), str(target))) from error
-        return _put_in_place(made, graph, request, target)
+        return delivered(made, graph, request, target)
+
+
+def _check_names(source: pathlib.Path, target: pathlib.Path, options: Options) -> None:
+    """Raises ``UsageError`` where the engine, its sidecar or the timing cache would take the place of another file."""
+    named = {"--out": target, "the sidecar": sidecar_path(target)}
+    if options.timing_cache is not None:
+        named["--timing-cache"] = pathlib.Path(options.timing_cache)
+    taken = {source.resolve(): "the ONNX file"}
+    for what, path in named.items():
+        other = taken.setdefault(path.resolve(), what)
+        if other is not what:
+            raise UsageError(f"{path}: {what} would take the place of {other}; give it another name")
 
 
 def check_options(sdk: Sdk, options: Options) -> None:
@@ -205,31 +217,3 @@ def _folder_beside(target: pathlib.Path) -> Iterator[pathlib.Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_in_place(made: Compilation, graph: OnnxFile, request: Request, target: pathlib.Path) -> Build:
-    """Audits the engine, and moves it to ``target`` with its sidecar; one that does not pass, to ``*.rejected``."""
-    audit = audit_of_file(made.engine, *expected_from_onnx(graph))
-    if audit.problems:
-        rejected = target.with_name(target.name + REJECTED)
-        with reported_write_errors(rejected):
-            made.engine.replace(rejected)
-        found = listed(list(audit.problems), 3)
-        raise VerificationFailed(f"{target}: engine audit: {found}; kept as {rejected.name}, do not use it")
-    manifest = manifest_from_build(
-        graph,
-        name=target.name,
-        sha256={"onnx": sha256_of(graph.path), "engine": sha256_of(made.engine)},
-        sdk={"name": made.sdk, "version": made.sdk_version},
-        cards=compute_capabilities(header_from_file(made.engine), request.options),
-        batch=request.batch,
-        audit=audit,
-    )
-    sidecar = sidecar_path(made.engine)
-    with reported_write_errors(sidecar_path(target)):
-        sidecar.write_text(manifest.to_json(), encoding="utf-8")
-        synced(sidecar)
-        earlier = made.engine.parent / ".earlier"
-        earlier.mkdir()
-    replace_together({made.engine: target, sidecar: sidecar_path(target)}, earlier)
-    return Build(target, sidecar_path(target), manifest, audit, made.seconds, made.warnings)

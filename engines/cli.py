@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted", INTERRUPTED_EXIT_CODE, debug=debug)
     except OSError as error:
-        # Every other file's errors were given its name on the way.
+        if error.filename is not None:  # a path that cannot even be looked at; writing to a stream names none
+            return _failed(f"{error.filename}: {error.strerror}; check its permissions", 3, debug=debug)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
         return _failed(f"standard output: cannot be written ({first_line(error)})", 5, debug=debug)
     except MemoryError as error:

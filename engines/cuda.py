@@ -195,9 +195,6 @@ class Graph:
         template = self._recorded(work)
         try:
             self._executable = checked(runtime, runtime.cudaGraphInstantiate, template, 0)
-        except DeviceFailed:
-            runtime.cudaGetLastError()  # else the next library to ask would take it for its own
-            raise
         finally:
             runtime.cudaGraphDestroy(template)  # the executable stands alone
 
@@ -209,16 +206,11 @@ class Graph:
         try:
             work()
         except BaseException:
-            _, template = runtime.cudaStreamEndCapture(handle)
-            if template is not None and int(template):
+            status, template = runtime.cudaStreamEndCapture(handle)
+            if status == runtime.cudaError_t.cudaSuccess:
                 runtime.cudaGraphDestroy(template)
-            runtime.cudaGetLastError()
             raise
-        try:
-            return checked(runtime, runtime.cudaStreamEndCapture, handle)
-        except DeviceFailed:
-            runtime.cudaGetLastError()
-            raise
+        return checked(runtime, runtime.cudaStreamEndCapture, handle)
 
     def launch(self) -> None:
         """Enqueues the recorded work on the stream that it was recorded from."""

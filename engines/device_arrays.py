@@ -128,7 +128,7 @@ def require(name: str, array: DeviceArray, dtype: np.dtype[Any], shape: tuple[in
         _refuse(name, f"its dtype is {array.dtype}, the engine's is {dtype}")
     if array.shape != shape:
         _refuse(name, f"its shape is {array.shape}, the engine's is {shape}")
-    if not array.address:
+    if array.address <= 0:
         _refuse(name, "it has no memory")
     if written and array.read_only:
         _refuse(name, "it is read-only, and an output is written")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import pathlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from numpy.typing import NDArray
 from engines.errors import InputRejected, first_line
 
 GOLDEN_NAME = "golden.npz"
+MIXED_UP_FACTOR = 0.5
+"""Rounding alone moves an answer away from all others at once, and hardly ever this much nearer to one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Golden:
     def contrast(self) -> float:
         """How far apart the two most alike answers to different images are: max|difference| / max|output|.
 
-        A wrong order of the rows is seen only by a comparison whose gate is below this. Infinite for a single image; 0
-        where every class, or every image, has the same answer: then nothing can be told from these vectors.
+        Infinite for a single image; 0 where every class, or every image, has the same answer: then nothing can be told
+        from these vectors.
         """
         scale = float(np.abs(self.outputs).max())
         if scale == 0 or (self.outputs.shape[1] > 1 and (self.outputs == self.outputs[:, :1]).all()):
@@ -40,6 +43,25 @@ class Golden:
             if not np.array_equal(self.images[a], self.images[b])
         ]
         return min(apart) / scale if apart else float("inf")
+
+    def mixed_up(self, outputs: NDArray[np.floating], rows: Sequence[int] | None = None) -> list[int]:
+        """The places in ``outputs`` that are much nearer to the answer for another image than to their own.
+
+        On noise the answers of many networks are within a percent of each other, so that a network that mixes its batch
+        up, or answers the same to everything, may well be within the gate of a precision. It is not nearest to each.
+
+        Args:
+            outputs: (m, classes).
+            rows: which image each of them is for; None for every image once, in order.
+        """
+        images = [hash(image.tobytes()) for image in self.images]
+        places = []
+        for place, row in enumerate(range(len(outputs)) if rows is None else rows):
+            distances = np.abs(self.outputs - outputs[place].astype(np.float64)).max(axis=1)
+            others = [distance for distance, image in zip(distances, images, strict=True) if image != images[row]]
+            if min(others, default=np.inf) < MIXED_UP_FACTOR * distances[row]:
+                places.append(place)
+        return places
 
 
 def golden_from_file(path: pathlib.Path) -> Golden:

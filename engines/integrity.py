@@ -23,11 +23,6 @@ from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.plan import Header, header_from_file
 from engines.sdk import RTX_CARDS, SDKS, Sdk, is_installed
 
-ALLOW_UNVERIFIED_HELP = (
-    "load an engine without a sidecar or with another SHA-256: a plan is native code, and deserializing one is running "
-    "it, so only for a file that you made yourself"
-)
-
 
 def checked_engine(path: pathlib.Path, *, allow_unverified: bool = False) -> tuple[Header, Manifest | None]:
     """Steps 1 to 3 for the engine at ``path``.
@@ -112,6 +107,8 @@ def sdk_version_of(header: Header, manifest: Manifest | None) -> str:
 def check_sdk_version(path: pathlib.Path, header: Header, manifest: Manifest | None, installed: str) -> None:
     """Step 5: an engine runs in the version that made it.
 
+    Of a full TensorRT engine without a sidecar only the runtime knows the version, and refuses any other itself.
+
     Args:
         path: the engine.
         header: as ``checked_engine`` gives it.
@@ -121,10 +118,9 @@ def check_sdk_version(path: pathlib.Path, header: Header, manifest: Manifest | N
     Raises:
         SdkMissing: another version is installed.
     """
-    made_by = sdk_version_of(header, manifest)
-    if installed == made_by:
+    made_by, sdk = sdk_version_of(header, manifest), sdk_of(header)
+    if installed == made_by or (manifest is None and header.sdk == "tensorrt"):
         return
-    sdk = sdk_of(header)
     raise SdkMissing(
         f"{path}: made by {sdk.title} {made_by}, and {installed} is installed here; install {made_by}, or "
         f"{_rebuild(path, manifest, sdk=sdk)}"

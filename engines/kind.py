@@ -32,9 +32,7 @@ def kind_of_file(path: pathlib.Path) -> str:
     """
     if not path.is_file():
         raise InputRejected(f"{path}: no such file; check the path")
-    if not path.stat().st_size:
-        raise InputRejected(f"{path}: empty; export it again")
-    data = memoryview(mapped(path))
+    data = memoryview(mapped(path)) if path.stat().st_size else memoryview(b"")
     sdk = SDK_TAGS.get(bytes(data[:4]))
     if sdk is not None:
         return sdk

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
-MOST_FIELDS = 1 << 18
+MOST_FIELDS = 1 << 16
 MOST_NUMBERS = 1 << 24
 """Of one message, and of one list in it: far more than any network has, and few enough for any machine."""
 

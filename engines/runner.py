@@ -62,7 +62,6 @@ def load(
         if provider is not None:
             raise UsageError(f"{file}: an engine takes no provider; that is for ONNX files")
         header, manifest = checked_engine(file, allow_unverified=allow_unverified)
-        kind = header.sdk
     entry = backend_for(kind)
     backend = entry.open(Source(file, header, manifest, device, graph, provider))
     return Runner(backend, title=entry.title, manifest=manifest)

@@ -14,7 +14,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from engines.audit import Audit
 from engines.backends.backend import TensorDescription
 from engines.compiler import Options
 from engines.errors import InputRejected
@@ -105,7 +104,7 @@ def manifest_from_build(
     sdk: Mapping[str, str],
     cards: tuple[int, ...],
     batch: tuple[int, int, int],
-    audit: Audit,
+    audit: Mapping[str, Any],
 ) -> Manifest:
     """What stands in the sidecar of an engine.
 
@@ -116,7 +115,7 @@ def manifest_from_build(
         sdk: ``name`` and ``version``.
         cards: see ``compute_capabilities``.
         batch: minimum, optimum and maximum of the profile.
-        audit: of the engine against ``onnx``.
+        audit: of the engine against ``onnx``, as ``Audit.record`` gives it.
 
     Raises:
         InputRejected: see ``origin_from_onnx``.
@@ -134,7 +133,7 @@ def manifest_from_build(
         preprocessing={"mean": origin.mean, "std": origin.std, "size": origin.size, "channels": len(origin.mean)},
         assumptions=origin.assumptions,
         tolerance=GATES[origin.precision].max_relative_error,
-        audit={**dataclasses.asdict(audit), "line": audit.line},
+        audit=dict(audit),
         golden=GOLDEN_NAME,
     )
 

@@ -1,3 +1,3 @@
-"""The version, in the one place that everything else reads it from."""
+"""The version, where a serving machine reads it."""
 
 VERSION = "0.1.0"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.golden import Golden
 from engines.parity import Comparison, Gate, compare
 from exporter.errors import DeviceFailed, VerificationFailed
 from exporter.ledger import Outputs, Run, Stage, ledger_from_stages, stage_from_run, whole_stage
@@ -62,7 +63,7 @@ class Measured:
             return Check(title, passed=False, value=None, gate=None, detail=f"{OUTPUT}: {error}")
         self.stages.append(stage)
         gate = judge(comparison)
-        failure = gate.failure(comparison)
+        failure = gate.failure(comparison) or self._mixed_up(stage)
         same = comparison.rows - len(comparison.flips)
         detail = (
             f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
@@ -75,6 +76,12 @@ class Measured:
             gate.max_relative_error,
             f"{failure}; {detail}" if failure else detail,
         )
+
+    def _mixed_up(self, stage: Stage) -> str | None:
+        places = Golden(self.images, self.reference).mixed_up(stage.outputs, stage.order)
+        if not places:
+            return None
+        return f"output {places[0]} is nearer to that of another image: rows are mixed up, or all alike"
 
 
 def fixed(gate: Gate) -> Judge:

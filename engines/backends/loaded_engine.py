@@ -36,7 +36,7 @@ class EngineTensor:
 
 
 class LoadedEngine:
-    """An engine in GPU memory. ``tensors`` in the engine's order; ``batch`` is the smallest and largest that it takes."""
+    """An engine in GPU memory; ``tensors`` in its own order, ``batch`` the smallest and the largest that it takes."""
 
     def __init__(self, calls: SdkCalls, cuda: Any, engine: bytes, cache_file: RuntimeCacheFile | None) -> None:
         """Deserializes ``engine`` on the current device, unchecked.
@@ -51,7 +51,7 @@ class LoadedEngine:
             DeviceFailed: a call failed; everything is freed.
             InputRejected: it cannot be run by giving it plain arrays on the GPU; everything is freed.
         """
-        self._calls = calls
+        self.calls = calls
         self._failed = False
         self._resources = contextlib.ExitStack()
         try:
@@ -75,8 +75,8 @@ class LoadedEngine:
         Raises:
             DeviceFailed: a call failed.
         """
-        context = self._calls.answer(self._engine.create_execution_context, self._config)
-        self._calls.command(context.set_device_memory, self._activations.address, self._activations.size)
+        context = self.calls.answer(self._engine.create_execution_context, self._config)
+        self.calls.command(context.set_device_memory, self._activations.address, self._activations.size)
         return context
 
     def set_shapes(self, context: Any, shapes: Shapes) -> Shapes:
@@ -84,11 +84,17 @@ class LoadedEngine:
 
         Raises:
             DeviceFailed: a call failed, as it does for a shape outside of the profile.
+            InputRejected: an output's shape does not follow from them.
         """
         for name, shape in shapes.items():
-            self._calls.answer(context.set_input_shape, name, shape)
+            self.calls.answer(context.set_input_shape, name, shape)
         names = [tensor.description.name for tensor in self.tensors if not tensor.is_input]
-        return {name: _extents(self._calls.answer(context.get_tensor_shape, name)) for name in names}
+        outputs = {name: _extents(self.calls.answer(context.get_tensor_shape, name)) for name in names}
+        for name, shape in outputs.items():
+            if min(shape, default=0) < 0:
+                where = self.calls.where
+                raise InputRejected(f"{where}: the shape of {name} depends on its input; build the engine again")
+        return outputs
 
     def close(self, *, failed: bool) -> None:
         """Frees everything; its contexts are gone by then.
@@ -106,7 +112,7 @@ class LoadedEngine:
         setattr(self, name, None)
 
     def _configure(self, cache_file: RuntimeCacheFile | None) -> None:
-        calls, trt = self._calls, self._calls.trt
+        calls, trt = self.calls, self.calls.trt
         self._config = calls.answer(self._engine.create_runtime_config)
         self._resources.callback(self._drop, "_config")
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -120,12 +126,12 @@ class LoadedEngine:
                     self._use_cache(cache_file)
 
     def _use_cache(self, cache_file: RuntimeCacheFile) -> None:
-        self._cache = self._calls.answer(self._config.create_runtime_cache)
+        self._cache = self.calls.answer(self._config.create_runtime_cache)
         self._resources.callback(self._drop, "_cache")
         kernels = cache_file.read()
-        if kernels is not None and self._calls.command(self._cache.deserialize, kernels) is not True:
+        if kernels is not None and self.calls.command(self._cache.deserialize, kernels) is not True:
             kernels = None
-        self._calls.answer(self._config.set_runtime_cache, self._cache)
+        self.calls.answer(self._config.set_runtime_cache, self._cache)
         self._resources.callback(self._save_cache, cache_file, kernels and _digest(kernels))
 
     def _save_cache(self, cache_file: RuntimeCacheFile, known: bytes | None) -> None:
@@ -133,7 +139,7 @@ class LoadedEngine:
         if self._failed:
             return
         with contextlib.suppress(DeviceFailed):
-            kernels = bytes(self._calls.answer(self._cache.serialize))
+            kernels = bytes(self.calls.answer(self._cache.serialize))
             if kernels and _digest(kernels) != known:
                 cache_file.write(kernels)
 

@@ -73,10 +73,16 @@ class OnnxRuntime:
         self._session = None
 
 
-def _provider_name(provider: str | None) -> str:
-    chosen = provider or DEFAULT_PROVIDER
+def check_provider(provider: str | None) -> str:
+    """The provider, or the default for None; raises ``UsageError`` unless it is one of PROVIDERS."""
+    chosen = DEFAULT_PROVIDER if provider is None else provider
     if chosen not in PROVIDERS:
         raise UsageError(f"provider {chosen!r}: unknown; choose from {', '.join(PROVIDERS)}")
+    return chosen
+
+
+def _provider_name(provider: str | None) -> str:
+    chosen = check_provider(provider)
     name = PROVIDERS[chosen]
     try:
         import onnxruntime

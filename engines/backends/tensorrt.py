@@ -7,10 +7,8 @@ for RTX has is asked for by name: its cache of kernels, and whether a context ca
     enqueue   device arrays in and out on the caller's stream: no copy, no synchronisation
 
 Everything is allocated once, for the profile's maximum, and freed in reverse order by ``close``, also after a failure.
-With ``graph``, ``run`` records the copies and kernels of each input shape as a CUDA graph after the first run of that
-shape, and launches it from then on. A recorded graph is bound to the state of its execution context, so each has a
-context of its own that nothing touches afterwards. All contexts share one block of memory for activations; their work
-is therefore always ordered, across streams by an event. Where recording fails, that shape goes on without.
+With ``graph``, ``run`` launches a shape that it has seen before as a CUDA graph (``engines.backends.recordings``). All
+contexts share one block of memory for activations; their work is therefore always ordered, across streams by an event.
 
 The engine's bytes are hashed as they are read, and those very bytes are deserialized: a file that is replaced after
 ``engines.integrity`` looked at it is refused. One thread at a time is let in.
@@ -19,26 +17,21 @@ The engine's bytes are hashed as they are read, and those very bytes are deseria
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import math
 import pathlib
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.backend import Arrays, TensorDescription
-from engines.backends.loaded_engine import EngineTensor, LoadedEngine, Shapes
+from engines.backends.loaded_engine import LoadedEngine, Shapes
+from engines.backends.recordings import Recordings
 from engines.backends.sdk_calls import SdkCalls, imported_sdk
+from engines.backends.staging import StagedTensor, Staging
 from engines.cuda import (
-    DeviceBuffer,
     Event,
-    Graph,
-    PinnedBuffer,
-    Stream,
     checked,
     compute_capability,
     cuda_runtime,
@@ -52,36 +45,6 @@ from engines.manifest import Manifest
 from engines.plan import Header
 from engines.runtime_cache import RuntimeCacheFile
 from engines.sdk import SDKS, gpu_compute_capability
-
-MOST_GRAPHS = 16
-"""Input shapes that are recorded, each with a context of its own; those that come later run plainly."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """An input or output with its memory on the device and its staging on the host."""
-
-    description: TensorDescription
-    dtype: np.dtype[Any]
-    device: DeviceBuffer
-    pinned: PinnedBuffer
-
-    @property
-    def name(self) -> str:
-        return self.description.name
-
-    def size(self, shape: tuple[int, ...]) -> int:
-        """In bytes."""
-        return math.prod(shape) * self.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recorded:
-    """A graph, the context that it is bound to, and the shapes of the outputs."""
-
-    graph: Graph
-    context: Any
-    outputs: Shapes
 
 
 class TensorRT:
@@ -114,9 +77,8 @@ class TensorRT:
 
         Raises:
             SdkMissing: the SDK, cuda-bindings or a fitting GPU is not here.
-            UsageError: there is no GPU of that index.
             InputRejected: the file is not the one that was checked, or is no engine that can be run this way.
-            DeviceFailed: a call of CUDA or TensorRT failed.
+            DeviceFailed: there is no GPU of that index, or a call of CUDA or TensorRT failed.
         """
         sdk = next(sdk for sdk in SDKS if sdk.module == sdk_module_name)
         check_sdk_installed(path, header, manifest)
@@ -149,19 +111,19 @@ class TensorRT:
         graph: bool,
     ) -> None:
         """Deserializes ``engine`` unchecked; ``open`` is the way in."""
-        self._calls, self._cuda, self._device, self._graph = calls, cuda, device, graph
+        self._calls, self._cuda, self._device = calls, cuda, device
         self._lock = threading.Lock()
         self._resources = contextlib.ExitStack()
-        self._graphs: dict[tuple[tuple[int, ...], ...], _Recorded | None] = {}
+        self._recordings: Recordings | None = None
         self._closed = self._failed = self._in_flight = False
         try:
             with selected_device(cuda, device):
                 self._loaded = LoadedEngine(calls, cuda, engine, cache_file)
                 self._resources.callback(self._close_loaded)
                 self.batch = self._loaded.batch
-                self._allocate()
-                self.inputs = tuple(tensor.description for tensor in self._inputs)
-                self.outputs = tuple(tensor.description for tensor in self._outputs)
+                self._allocate(self._loaded, graph=graph)
+                self.inputs = tuple(tensor.description for tensor in self._staging.inputs)
+                self.outputs = tuple(tensor.description for tensor in self._staging.outputs)
         except BaseException:
             self._failed = True
             self.close()
@@ -170,7 +132,7 @@ class TensorRT:
     @property
     def graphs(self) -> int:
         """How many input shapes are launched as a CUDA graph by now."""
-        return sum(recorded is not None for recorded in self._graphs.values())
+        return 0 if self._recordings is None else self._recordings.count
 
     def run(self, feeds: Mapping[str, NDArray[Any]]) -> Arrays:
         """Computes one batch; the arrays returned are the caller's.
@@ -179,27 +141,21 @@ class TensorRT:
             DeviceFailed: a call of CUDA or TensorRT failed.
             UsageError: the engine was closed.
         """
-        with self._entered(self._stream.handle):
+        staging = self._staging
+        with self._entered(staging.stream.handle):
             if self._in_flight:
-                self._done.hold_back(self._stream.handle)
-            for tensor in self._inputs:
-                tensor.pinned.array(tensor.dtype, feeds[tensor.name].shape)[...] = feeds[tensor.name]
-            shapes = {tensor.name: feeds[tensor.name].shape for tensor in self._inputs}
-            key = tuple(shapes.values())
-            recorded = self._graphs.get(key)
-            if recorded is None:
-                outputs = self._prepare(self._context, shapes)
-                self._enqueue_staged(self._context, shapes, outputs)
-            else:
-                outputs = recorded.outputs
-                recorded.graph.launch()
-            self._stream.synchronize()
+                self._done.hold_back(staging.stream.handle)
+            shapes = staging.fill(feeds)
+            outputs = None if self._recordings is None else self._recordings.launch(shapes)
+            if outputs is None:
+                staging.bind(self._context)
+                outputs = self._loaded.set_shapes(self._context, shapes)
+                staging.enqueue(self._context, shapes, outputs)
+            staging.stream.synchronize()
             self._in_flight = False
-            arrays = {
-                tensor.name: tensor.pinned.array(tensor.dtype, outputs[tensor.name]).copy() for tensor in self._outputs
-            }
-            if self._graph and key not in self._graphs:
-                self._record(key, shapes)
+            arrays = staging.results(outputs)
+            if self._recordings is not None:
+                self._recordings.record(shapes)
             return arrays
 
     def enqueue(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any], stream: Any) -> None:
@@ -224,17 +180,12 @@ class TensorRT:
                     "stream: it is recording a CUDA graph, which would be bound to a state of this engine that the "
                     "next call changes; enqueue outside of the recording"
                 )
-            arrays = self._device_arrays(self._inputs, inputs, handle)
-            batch = self._batch_of(arrays)
-            for tensor in self._inputs:
-                array = arrays[tensor.name]
-                require(tensor.name, array, tensor.dtype, _with_batch(tensor, array.shape, batch), written=False)
-            shapes = {name: array.shape for name, array in arrays.items()}
-            written = self._device_arrays(self._outputs, outputs, handle)
+            arrays = self._device_arrays(self._staging.inputs, inputs, handle)
+            shapes = self._checked_shapes(arrays)
+            arrays |= self._device_arrays(self._staging.outputs, outputs, handle)
             expected = self._loaded.set_shapes(self._context, shapes)
-            for tensor in self._outputs:
-                require(tensor.name, written[tensor.name], tensor.dtype, expected[tensor.name], written=True)
-            arrays.update(written)
+            for tensor in self._staging.outputs:
+                require(tensor.name, arrays[tensor.name], tensor.dtype, expected[tensor.name], written=True)
             for name, array in arrays.items():
                 self._calls.answer(self._context.set_tensor_address, name, array.address)
             self._hold_back_for(arrays, handle)
@@ -279,34 +230,20 @@ class TensorRT:
                     self._cuda.cudaStreamSynchronize(stream)
                     raise
 
-    def _allocate(self) -> None:
-        loaded = self._loaded
-        self._stream = self._owned(Stream(self._cuda))
-        self._done, self._produced = self._owned(Event(self._cuda)), self._owned(Event(self._cuda))
+    def _allocate(self, loaded: LoadedEngine, *, graph: bool) -> None:
+        """Contexts and memory, in the order opposite to that in which they are freed."""
         self._context = loaded.new_context()
         self._resources.callback(setattr, self, "_context", None)
-        largest = {
-            tensor.description.name: tensor.profile[1] for tensor in loaded.tensors if tensor.profile is not None
-        }
+        self._done = Event(self._cuda)
+        self._resources.callback(self._done.close)
+        self._produced = Event(self._cuda)
+        self._resources.callback(self._produced.close)
+        largest = {tensor.description.name: tensor.profile[1] for tensor in loaded.tensors if tensor.profile}
         largest |= loaded.set_shapes(self._context, largest)
-        self._inputs = tuple(self._staged(tensor, largest) for tensor in loaded.tensors if tensor.is_input)
-        self._outputs = tuple(self._staged(tensor, largest) for tensor in loaded.tensors if not tensor.is_input)
+        self._staging = Staging(self._calls, self._cuda, self._resources, loaded.tensors, largest)
         self._resources.callback(self._drain)
-
-    def _staged(self, tensor: EngineTensor, largest: Shapes) -> _Tensor:
-        dtype, shape = np.dtype(tensor.description.dtype), largest[tensor.description.name]
-        if min(shape, default=0) < 0:
-            name = tensor.description.name
-            raise InputRejected(
-                f"{self._calls.where}: the shape of {name} depends on its input; build the engine again"
-            )
-        size = math.prod(shape) * dtype.itemsize
-        device = self._owned(DeviceBuffer(self._cuda, size))
-        return _Tensor(tensor.description, dtype, device, self._owned(PinnedBuffer(self._cuda, size)))
-
-    def _owned(self, thing: Any) -> Any:
-        self._resources.callback(thing.close)
-        return thing
+        if graph:
+            self._recordings = Recordings(self._cuda, self._resources, loaded, self._staging)
 
     def _close_loaded(self) -> None:
         self._loaded.close(failed=self._failed)
@@ -314,70 +251,40 @@ class TensorRT:
     def _drain(self) -> None:
         """Nothing that was enqueued, on any stream, needs what is freed next."""
         if self._in_flight:
-            self._done.hold_back(self._stream.handle)
-        self._stream.synchronize()
-
-    def _prepare(self, context: Any, shapes: Shapes) -> Shapes:
-        """Lets the context work on the staged buffers; returns the outputs' shapes."""
-        for tensor in (*self._inputs, *self._outputs):
-            self._calls.answer(context.set_tensor_address, tensor.name, tensor.device.address)
-        return self._loaded.set_shapes(context, shapes)
-
-    def _enqueue_staged(self, context: Any, shapes: Shapes, outputs: Shapes) -> None:
-        for tensor in self._inputs:
-            self._stream.copy_to_device(tensor.device, tensor.pinned, tensor.size(shapes[tensor.name]))
-        self._calls.answer(context.execute_async_v3, self._stream.handle)
-        for tensor in self._outputs:
-            self._stream.copy_to_host(tensor.pinned, tensor.device, tensor.size(outputs[tensor.name]))
-
-    def _record(self, key: tuple[tuple[int, ...], ...], shapes: Shapes) -> None:
-        """Records a graph for these shapes, once the context has done what a new shape makes it do."""
-        full = self.graphs >= MOST_GRAPHS
-        self._graphs[key] = None  # whatever comes now, it is not tried again
-        if full:
-            return
-        handle = self._stream.handle
-        try:
-            context = self._loaded.new_context()
-            outputs = self._prepare(context, shapes)
-            self._enqueue_staged(context, shapes, outputs)
-            self._stream.synchronize()
-            if hasattr(context, "is_stream_capturable"):
-                self._calls.answer(context.is_stream_capturable, handle)
-            graph = Graph(self._cuda, self._stream, lambda: self._enqueue_staged(context, shapes, outputs))
-        except DeviceFailed:
-            self._cuda.cudaStreamSynchronize(handle)  # a broken device says so again in the next run
-            return
-        self._graphs[key] = _Recorded(graph, context, outputs)
-        self._resources.callback(self._graphs.pop, key)
-        self._owned(graph)
+            self._done.hold_back(self._staging.stream.handle)
+        self._staging.stream.synchronize()
 
     def _device_arrays(
-        self, tensors: tuple[_Tensor, ...], given: Mapping[str, Any], stream: int
+        self, tensors: tuple[StagedTensor, ...], given: Mapping[str, Any], stream: int
     ) -> dict[str, DeviceArray]:
         names = [tensor.name for tensor in tensors]
         if sorted(given) != sorted(names):
             raise UsageError(f"device arrays were given for {listed(sorted(given))}, the engine has {listed(names)}")
         return {name: device_array(name, given[name], device=self._device, stream=stream) for name in names}
 
-    def _batch_of(self, arrays: Mapping[str, DeviceArray]) -> int:
-        name, array = next(iter(arrays.items()))
-        batch = array.shape[0] if array.shape else 0
+    def _checked_shapes(self, arrays: Mapping[str, DeviceArray]) -> Shapes:
+        """The inputs' shapes, which agree with the engine's and with one batch of its profile."""
         least, most = self.batch
+        name, first = next(iter(arrays.items()))
+        batch = first.shape[0] if first.shape else 0
         if not least <= batch <= (most or batch):
             raise UsageError(f"{name}: a batch of {batch} is outside of the engine's profile, {least} to {most}")
-        return batch
+        for tensor in self._staging.inputs:
+            array = arrays[tensor.name]
+            require(tensor.name, array, tensor.dtype, _with_batch(tensor, array.shape, batch), written=False)
+        return {name: array.shape for name, array in arrays.items()}
 
     def _hold_back_for(self, arrays: Mapping[str, DeviceArray], stream: int) -> None:
         """Lets ``stream`` wait for those who compute the arrays, and for whoever uses the activations' memory."""
-        for producer in {array.stream for array in arrays.values()} - {None, stream}:
+        producers = {array.stream for array in arrays.values() if array.stream is not None}
+        for producer in producers - {stream}:
             self._produced.record(producer)
             self._produced.hold_back(stream)
         if self._in_flight:
             self._done.hold_back(stream)
 
 
-def _with_batch(tensor: _Tensor, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
+def _with_batch(tensor: StagedTensor, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
     """The engine's shape of an input, with its free extents from ``shape``."""
     fixed = tensor.description.shape
     if len(shape) != len(fixed):

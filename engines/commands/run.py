@@ -9,7 +9,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import InputRejected, UsageError, VerificationFailed
-from engines.integrity import ALLOW_UNVERIFIED_HELP
 
 if TYPE_CHECKING:
     from engines.preprocessing import Preprocessing
@@ -18,6 +17,10 @@ if TYPE_CHECKING:
 NAME = "run"
 HELP = "name the classes of images, with a file's own preprocessing"
 SCHEMA = 1
+ALLOW_UNVERIFIED_HELP = (
+    "load an engine without a sidecar or with another SHA-256: a plan is native code, and deserializing one is running "
+    "it, so only for a file that you made yourself"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

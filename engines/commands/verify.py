@@ -39,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         SdkMissing: no check failed, but engines were left unrun, or nothing was run at all, without ``--static``.
         InputRejected, UsageError: there is nothing to verify, or arguments that contradict each other.
     """
+    from engines.backends.onnx_runtime import check_provider
     from engines.verification import Verification
 
     target: pathlib.Path = arguments.target
@@ -46,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--static leaves engines unrun, and --require trt wants one run; give one of them")
     if arguments.device < 0:
         raise UsageError(f"--device {arguments.device}: GPUs are counted from 0")
+    check_provider(arguments.provider)
     verification = Verification(arguments.static, arguments.device, arguments.provider)
     if not target.exists():
         raise InputRejected(f"{target}: no such file or directory; check the path")

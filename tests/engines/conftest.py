@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import pathlib
+import shutil
 
 import onnx
 import pytest
@@ -12,6 +15,7 @@ from onnx import numpy_helper
 
 import exporter
 from engines.audit import ExpectedConvolution, ExpectedMatrix
+from tests.conftest import EXAMPLES, Outcome
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
 
@@ -63,3 +67,32 @@ def expected(path):
     return convolutions, [
         ExpectedMatrix(n.name, *(arrays[name] for name in n.input[1:])) for n in graph.node if n.op_type == "Gemm"
     ]
+
+
+@pytest.fixture(scope="session")
+def fashion_export(tmp_path_factory):
+    """The directory that the shipped checkpoint is exported to, ONNX and FP16 engine; not to be changed."""
+    folder = tmp_path_factory.mktemp("fashion") / "fashion"
+    exporter.export(EXAMPLES / "fashion.pt", folder, trt=("fp16",), size=28)
+    return folder
+
+
+@pytest.fixture
+def fashion(fashion_export, tmp_path):
+    """A copy of the shipped checkpoint's export, to be damaged at will."""
+    return shutil.copytree(fashion_export, tmp_path / "fashion")
+
+
+@pytest.fixture
+def engines_command(tmp_path, monkeypatch):
+    """Runs ``python -m engines`` in this process, in ``tmp_path``."""
+    from engines.cli import main
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        stdout, stderr = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            code = main([str(argument) for argument in arguments])
+        return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+    return run

@@ -130,6 +130,23 @@ def test_a_graph_that_mixes_up_a_batch_fails(run):
     assert not check(run).passed
 
 
+@pytest.mark.parametrize("run", MIX_UPS.values(), ids=MIX_UPS)
+def test_a_mix_up_fails_also_where_the_answers_are_nearer_to_each_other_than_the_gate(run):
+    """As on noise, where every image has nearly the same answer."""
+
+    def alike(batch):
+        return 1000.0 * np.array([[1.0, 0.5, -1.0]]) + outputs_of(batch) / 1e3
+
+    def mixed(batch):
+        return 1000.0 * np.array([[1.0, 0.5, -1.0]]) + run(batch) / 1e3 + 1e-5
+
+    found = Measured(Reference(IMAGES, alike(IMAGES), {}), 0)
+    assert found.check("s", "t", lambda: lambda batch: alike(batch) + 1e-5, fixed(GATE)).passed
+    check = found.check("s", "t", lambda: mixed, fixed(GATE))
+    assert not check.passed
+    assert "is nearer to that of another image: rows are mixed up, or all alike" in check.detail
+
+
 def test_a_graph_that_mixes_up_only_the_largest_batch_fails():
     def run(batch):
         return np.roll(outputs_of(batch), 1, axis=0) if len(batch) > 4 else outputs_of(batch)

@@ -1,0 +1,58 @@
+"""The last step of a build: the engine is held against its graph, and gets its name together with its sidecar."""
+
+from __future__ import annotations
+
+import pathlib
+
+from engines.audit import audit_of_file, expected_from_onnx
+from engines.build import Build, Compilation
+from engines.compiler import Request
+from engines.errors import VerificationFailed, listed
+from engines.files import reported_write_errors, sha256_of, synced
+from engines.manifest import sidecar_path
+from engines.onnx_file import OnnxFile
+from engines.plan import header_from_file
+from engines.replacement import replace_together
+from engines.sidecar import compute_capabilities, manifest_from_build
+
+REJECTED = ".rejected"
+
+
+def delivered(made: Compilation, graph: OnnxFile, request: Request, target: pathlib.Path) -> Build:
+    """Audits the engine, and moves it to ``target`` with its sidecar; one that does not pass, to ``*.rejected``.
+
+    Args:
+        made: the compiler's result, in a directory that is on one file system with ``target`` and removed afterwards.
+        graph: what it was compiled from.
+        request: what the compiler was asked for.
+        target: the engine's final name.
+
+    Raises:
+        VerificationFailed: the engine is not what ``graph`` says.
+        PlanRejected: it is not even an engine.
+        OutputFailed: a file cannot be put into its place; then none is.
+    """
+    audit = audit_of_file(made.engine, *expected_from_onnx(graph))
+    if audit.problems:
+        rejected = target.with_name(target.name + REJECTED)
+        with reported_write_errors(rejected):
+            made.engine.replace(rejected)
+        found = listed(list(audit.problems), 3)
+        raise VerificationFailed(f"{target}: engine audit: {found}; kept as {rejected.name}, do not use it")
+    manifest = manifest_from_build(
+        graph,
+        name=target.name,
+        sha256={"onnx": sha256_of(graph.path), "engine": sha256_of(made.engine)},
+        sdk={"name": made.sdk, "version": made.sdk_version},
+        cards=compute_capabilities(header_from_file(made.engine), request.options),
+        batch=request.batch,
+        audit=audit.record,
+    )
+    sidecar = sidecar_path(made.engine)
+    with reported_write_errors(sidecar_path(target)):
+        sidecar.write_text(manifest.to_json(), encoding="utf-8")
+        synced(sidecar)
+        earlier = made.engine.parent / ".earlier"
+        earlier.mkdir()
+    replace_together({made.engine: target, sidecar: sidecar_path(target)}, earlier)
+    return Build(target, sidecar_path(target), manifest, audit, made.seconds, made.warnings)

@@ -1,0 +1,162 @@
+"""Golden vectors: what is not whole, finite and paired is refused, and what could not tell anything apart is seen."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.errors import InputRejected
+from engines.golden import Golden, golden_from_file
+
+IMAGES = np.random.default_rng(0).standard_normal((4, 3, 8, 8)).astype(np.float32)
+OUTPUTS = np.random.default_rng(1).standard_normal((4, 10))
+
+
+def saved(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def with_value(array, value):
+    changed = array.copy()
+    changed[0, 1] = value
+    return changed
+
+
+def test_the_vectors_of_a_real_export_are_read(fashion_export):
+    golden = golden_from_file(fashion_export / "golden.npz")
+    assert (golden.images.shape, golden.images.dtype) == ((4, 1, 28, 28), np.float32)
+    assert (golden.outputs.shape, golden.outputs.dtype) == ((4, 10), np.float64)
+    assert golden.contrast > 0.1
+
+
+def test_what_was_saved_is_read(tmp_path):
+    golden = golden_from_file(saved(tmp_path / "g.npz", input=IMAGES, output=OUTPUTS))
+    np.testing.assert_array_equal(golden.images, IMAGES)
+    np.testing.assert_array_equal(golden.outputs, OUTPUTS)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"input": IMAGES}, "not an .npz with input and output"),
+        ({"output": OUTPUTS}, "not an .npz with input and output"),
+        ({"input": IMAGES.astype(np.float64), "output": OUTPUTS}, "input is float64 (4, 3, 8, 8); expected float32"),
+        ({"input": IMAGES, "output": OUTPUTS.astype(np.float32)}, "output is float32 (4, 10); expected float64"),
+        ({"input": IMAGES[0], "output": OUTPUTS}, "input is float32 (3, 8, 8); expected float32 of 4 dimensions"),
+        ({"input": IMAGES, "output": OUTPUTS[0]}, "output is float64 (10,); expected float64 of 2 dimensions"),
+        ({"input": IMAGES[:0], "output": OUTPUTS[:0]}, "input is float32 (0, 3, 8, 8); expected"),
+        ({"input": IMAGES[:3], "output": OUTPUTS}, "3 inputs and 4 outputs"),
+        ({"input": with_value(IMAGES, np.nan), "output": OUTPUTS}, "input holds NaN or infinite values"),
+        ({"input": IMAGES, "output": with_value(OUTPUTS, np.nan)}, "output holds NaN or infinite values"),
+        ({"input": IMAGES, "output": with_value(OUTPUTS, -np.inf)}, "output holds NaN or infinite values"),
+        ({"input": np.array([object()]), "output": OUTPUTS}, "not an .npz with input and output"),
+    ],
+)
+def test_what_cannot_be_the_vectors_is_refused(tmp_path, arrays, said):
+    path = saved(tmp_path / "g.npz", **arrays)
+    with pytest.raises(InputRejected) as caught:
+        golden_from_file(path)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert str(caught.value).endswith("; export again, or copy the file again")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputRejected, match=r"golden\.npz: no such file, so there is nothing to compare with"):
+        golden_from_file(tmp_path / "golden.npz")
+
+
+def npz():
+    buffer = io.BytesIO()
+    np.savez(buffer, input=IMAGES, output=OUTPUTS)
+    return buffer.getvalue()
+
+
+WHOLE = npz()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, len(WHOLE) - 1), st.integers(1, 255))
+def test_a_damaged_file_is_refused_or_holds_the_same_numbers(tmp_path_factory, position, difference):
+    content = bytearray(WHOLE)
+    content[position] ^= difference
+    path = tmp_path_factory.getbasetemp() / "damaged.npz"
+    path.write_bytes(content)
+    try:
+        golden = golden_from_file(path)
+    except InputRejected:
+        return
+    np.testing.assert_array_equal(golden.images, IMAGES)
+    np.testing.assert_array_equal(golden.outputs, OUTPUTS)
+
+
+def test_an_archive_that_claims_to_be_huge_is_refused(tmp_path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (4, 3, 100000000, 100000000), }\n"
+    member = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with zipfile.ZipFile(tmp_path / "g.npz", "w") as archive:
+        archive.writestr("input.npy", member)
+        archive.writestr("output.npy", member)
+    with pytest.raises(InputRejected, match=r"not an \.npz with input and output"):
+        golden_from_file(tmp_path / "g.npz")
+
+
+# --- whether they could tell a wrong answer
+
+
+@pytest.mark.parametrize(
+    ("outputs", "contrast"),
+    [
+        ([[1, 2], [3, 4]], 0.5),
+        ([[1, 2], [1, 2.5], [-4, 2]], 0.125),
+        ([[1, 2], [1, 2]], 0),
+        ([[1, 1], [2, 2]], 0),
+        ([[0, 0], [0, 0]], 0),
+        ([[3, 3]], 0),
+        ([[3, 4]], np.inf),
+        ([[1], [2]], 0.5),
+        ([[2], [2]], 0),
+    ],
+)
+def test_the_contrast_is_how_far_the_two_most_alike_answers_are_apart(outputs, contrast):
+    images = np.arange(len(outputs), dtype=np.float32)[:, None, None, None]
+    assert Golden(images, np.array(outputs, np.float64)).contrast == contrast
+
+
+def test_the_same_image_twice_may_have_the_same_answer():
+    images = np.array([1, 1, 2], np.float32)[:, None, None, None]
+    assert Golden(images, np.array([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])).contrast == 0.5
+
+
+ALIKE = 10 + 0.01 * OUTPUTS
+
+
+def test_answers_within_half_the_contrast_are_never_called_mixed_up():
+    golden = Golden(IMAGES, ALIKE)
+    reach = 0.499 * golden.contrast * np.abs(ALIKE).max()
+    for seed in range(20):
+        noise = np.random.default_rng(seed).uniform(-reach, reach, ALIKE.shape)
+        assert golden.mixed_up(ALIKE + noise) == []
+
+
+@pytest.mark.parametrize(
+    ("outputs", "rows"),
+    [
+        (ALIKE[::-1], [0, 1, 2, 3]),
+        (ALIKE[[0, 2, 1, 3]], [1, 2]),
+        (np.repeat(ALIKE[:1], 4, axis=0), [1, 2, 3]),
+        (ALIKE.astype(np.float32), []),
+    ],
+)
+def test_alike_answers_in_another_order_are_seen(outputs, rows):
+    assert np.abs(outputs - ALIKE).max() / np.abs(ALIKE).max() < 5e-3  # a comparison alone would let them pass
+    assert Golden(IMAGES, ALIKE).mixed_up(outputs) == rows
+
+
+def test_the_order_of_two_equal_images_does_not_matter():
+    images = IMAGES[[0, 0, 2, 3]]
+    assert Golden(images, ALIKE).mixed_up(ALIKE[[1, 0, 2, 3]]) == []

@@ -1,0 +1,333 @@
+"""The published schemas against what is written: what they let through and stop, and that no field is missing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.resources
+import json
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+
+import exporter
+from engines.audit import Audit
+from engines.errors import InputRejected
+from engines.manifest import Manifest, manifest_from_json
+from engines.parity import GATES, Comparison, Flip
+from engines.sdk import SDKS
+from exporter.architecture import IN_CHANNELS
+from exporter.errors import VerificationFailed
+from exporter.lineages import LINEAGES
+from exporter.lineages.lineage import BRANCH_TENSORS
+from exporter.plain import Certificate
+from exporter.report import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
+from exporter.request import PRECISION_NAMES
+from exporter.witness import CLEAR, SUSPICIOUS, UNAVAILABLE, WRONG, BlockAgreement, LayerWitness, Witness
+from tests.conftest import EXAMPLES, ROOT
+from tests.reports import AUDIT, DIGEST, PASSING, REPORT, reports
+
+SCHEMA = json.loads((ROOT / "exporter" / "report" / "report.schema.json").read_text(encoding="utf-8"))
+SIDECAR = json.loads((ROOT / "engines" / "sidecar.schema.json").read_text(encoding="utf-8"))
+SCHEMAS = {"report": SCHEMA, "sidecar": SIDECAR}
+ASSUMPTIONS = REPORT.assumptions
+MANIFEST = Manifest(
+    name="model.fp16.engine",
+    precision="fp16",
+    sha256={"checkpoint": DIGEST, "onnx": DIGEST, "engine": DIGEST},
+    sdk={"name": "tensorrt_rtx", "version": "1.7.1.116"},
+    compute_capabilities=(86,),
+    inputs=({"name": "input", "dtype": "float32", "shape": ["N", 3, 224, 224]},),
+    outputs=({"name": "output", "dtype": "float32", "shape": ["N", 1000]},),
+    profile={"input": ((1, 3, 224, 224), (8, 3, 224, 224), (32, 3, 224, 224))},
+    preprocessing={"mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0), "size": (224, 224), "channels": 3},
+    assumptions=ASSUMPTIONS,
+    tolerance=5e-3,
+    audit=AUDIT,
+    golden="golden.npz",
+)
+DOCUMENTS = {"report": json.loads(REPORT.to_json()), "sidecar": json.loads(MANIFEST.to_json())}
+OPEN = {("gates",), ("versions",), ("layers", "errors"), ("engines", "kept_in_float32"), ("profile",)}
+OPEN |= {("engines", "audit", "by_dtype"), ("audit", "by_dtype")}
+"""Objects whose keys are names of the user's files and packages."""
+
+
+def problems(document, schema=SCHEMA):
+    return [error.message for error in jsonschema.Draft202012Validator(schema).iter_errors(document)]
+
+
+def places(value, path=()):
+    """The path of every value inside a document; of a list, its first item stands for all."""
+    if path:
+        yield path
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from places(inner, (*path, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*path, 0))
+
+
+def named(path):
+    return tuple(key for key in path if isinstance(key, str))
+
+
+def parent_of(document, path):
+    for key in path[:-1]:
+        document = document[key]
+    return document
+
+
+PLACES = [(name, path) for name, document in DOCUMENTS.items() for path in places(document)]
+FIELDS = [(name, path) for name, path in PLACES if isinstance(path[-1], str) and named(path)[:-1] not in OPEN]
+
+
+def ids(value):
+    return value if isinstance(value, str) else ".".join(map(str, value))
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_the_schema_is_one(schema):
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    with pytest.raises(jsonschema.SchemaError):
+        jsonschema.Draft202012Validator.check_schema({**schema, "required": "everything"})
+
+
+def objects(node):
+    """Every subschema that has properties."""
+    if isinstance(node, dict):
+        if "properties" in node and isinstance(node["properties"], dict) and "required" in node:
+            yield node
+        for inner in node.values():
+            yield from objects(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from objects(inner)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_every_field_is_described_and_required_and_no_other_is_let_in(schema):
+    found = list(objects(schema))
+    assert len(found) >= 7
+    for node in found:
+        assert node["additionalProperties"] is False, node["title"]
+        assert sorted(node["required"]) == sorted(node["properties"]), node["title"]
+        for name, field in node["properties"].items():
+            target = {**schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}), **field}
+            assert target["title"], name
+            assert target["description"].endswith("."), name
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_a_document_with_one_of_everything_is_valid(name):
+    assert problems(DOCUMENTS[name], SCHEMAS[name]) == []
+
+
+def test_what_the_reader_of_sidecars_takes_is_what_the_schema_does():
+    text = MANIFEST.to_json()
+    assert manifest_from_json(text, "a sidecar").name == MANIFEST.name
+    for path, value in WRONG_SIDECARS.values():
+        changed = json.loads(text)
+        parent_of(changed, path)[path[-1]] = value
+        with pytest.raises(InputRejected, match="damaged or was edited"):
+            manifest_from_json(json.dumps(changed), "a sidecar")
+
+
+def test_the_report_of_a_run_is_valid_and_so_is_its_sidecar(tmp_path):
+    report = exporter.export(EXAMPLES / "fashion.pt", tmp_path, size=28, trt=["fp16"])
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written["passed"] is True
+    assert len(written["files"]) == len(report.files)
+    assert problems(written) == []
+    sidecar = json.loads((tmp_path / "fashion.fp16.engine.json").read_text())
+    assert sidecar["precision"] == "fp16"
+    assert problems(sidecar, SIDECAR) == []
+
+
+def test_the_report_of_a_run_with_images_labels_and_layers_is_valid(tmp_path):
+    images = EXAMPLES / "fashion_calibration.npz"
+    report = exporter.export(EXAMPLES / "fashion.pt", tmp_path, size=28, calibration=images, labels=images, layers=True)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (report.witness is None, len(report.accuracy), len(report.layers)) == (False, 1, 12)
+    assert problems(written) == []
+
+
+def test_the_report_of_a_rejected_run_is_valid(tmp_path, monkeypatch):
+    from exporter import pipeline
+
+    monkeypatch.setattr(pipeline, "plain_from_repvgg", _zeroed(pipeline.plain_from_repvgg))
+    with pytest.raises(VerificationFailed):
+        exporter.export(EXAMPLES / "fashion.pt", tmp_path, size=28)
+    written = json.loads((tmp_path / "report.json.rejected").read_text())
+    assert written["passed"] is False
+    assert problems(written) == []
+
+
+def _zeroed(right):
+    def wrong(*arguments, **options):
+        plain = right(*arguments, **options)
+        tensors = {name: tensor * 0 for name, tensor in plain.tensors.items()}
+        return dataclasses.replace(plain, tensors=tensors)
+
+    return wrong
+
+
+@settings(max_examples=60, deadline=None)
+@given(reports)
+def test_any_report_is_valid(report):
+    document = json.loads(report.to_json(), parse_constant=_no_constant)
+    assert problems(document) == []
+    assert document["passed"] is report.passed
+
+
+def _no_constant(name):
+    raise AssertionError(f"{name} is no JSON")
+
+
+def test_nan_and_infinity_become_null():
+    comparison = dataclasses.replace(REPORT.ledger[0].comparison, relative_error=float("nan"), sqnr_db=float("inf"))
+    row = dataclasses.replace(REPORT.ledger[0], comparison=comparison, added=float("-inf"))
+    document = json.loads(dataclasses.replace(REPORT, ledger=(row,)).to_json(), parse_constant=_no_constant)
+    assert document["ledger"][0]["comparison"]["relative_error"] is None
+    assert document["ledger"][0]["comparison"]["sqnr_db"] is None
+    assert document["ledger"][0]["added"] is None
+    assert problems(document) == []
+
+
+def test_there_are_many_fields():
+    assert len(FIELDS) >= 130
+
+
+@pytest.mark.parametrize(("name", "path"), FIELDS, ids=ids)
+def test_a_field_that_is_removed_or_renamed_is_seen(name, path):
+    removed = copy.deepcopy(DOCUMENTS[name])
+    value = parent_of(removed, path).pop(path[-1])
+    assert problems(removed, SCHEMAS[name])
+    renamed = copy.deepcopy(removed)
+    parent_of(renamed, path)[f"{path[-1]}s"] = value
+    assert problems(renamed, SCHEMAS[name])
+    added = copy.deepcopy(DOCUMENTS[name])
+    parent_of(added, path)[f"{path[-1]}s"] = value
+    assert problems(added, SCHEMAS[name])
+
+
+@pytest.mark.parametrize(("name", "path"), PLACES, ids=ids)
+def test_a_value_of_another_type_is_seen(name, path):
+    for other in ([["?"]], {"?": {"?": ["?"]}}, True if not _is_bool(DOCUMENTS[name], path) else "true"):
+        changed = copy.deepcopy(DOCUMENTS[name])
+        parent_of(changed, path)[path[-1]] = other
+        assert problems(changed, SCHEMAS[name]), other
+
+
+def _is_bool(document, path):
+    value = parent_of(document, path)[path[-1]]
+    return isinstance(value, bool) or path[-1] == "passed"
+
+
+WRONG_VALUES = {
+    "another schema": (("schema",), 2),
+    "a verdict of another form": (("verdict",), "fine"),
+    "passed as a number": (("checks", 0, "passed"), 1),
+    "a hash in capitals": (("checkpoint", "sha256"), DIGEST.upper()),
+    "a short hash": (("files", 0, "sha256"), DIGEST[:-1]),
+    "an unknown lineage": (("checkpoint", "lineage"), "torchvision"),
+    "an unknown form": (("checkpoint", "form"), "fused"),
+    "an unknown precision": (("engines", 0, "precision"), "int4"),
+    "a gate of an unknown precision": (("gates", "fp8"), 1e-3),
+    "an unknown SDK": (("engines", 0, "sdk"), "trt"),
+    "an agreement above 1": (("accuracy", 0, "agreement"), 99.0),
+    "a negative count": (("ledger", 0, "comparison", "non_finite"), -1),
+    "half a row": (("ledger", 0, "comparison", "rows"), 1.5),
+    "no rows": (("ledger", 0, "comparison", "rows"), 0),
+    "an unknown verdict of the witness": (("witness", "verdict"), "fine"),
+    "a witness of nothing": (("witness",), {}),
+    "stride 3": (("architecture", "stage_strides", 0), 3),
+}
+
+
+WRONG_SIDECARS = {
+    "a tolerance that lets zeros pass": (("tolerance",), 1.0),
+    "no tolerance": (("tolerance",), 0.0),
+    "an audit with a problem": (("audit", "problems"), ["conv0: its weights do not stand in the engine bit for bit"]),
+    "a shape of no size": (("inputs", 0, "shape", 3), 0),
+    "another name for the batch": (("inputs", 0, "shape", 0), "batch size"),
+    "two shapes of a profile": (("profile", "input"), [[1, 3, 8, 8], [8, 3, 8, 8]]),
+    "no outputs": (("outputs",), []),
+    "a standard deviation of 0": (("preprocessing", "std"), [1.0, 0.0, 1.0]),
+    "two channels": (("preprocessing", "channels"), 2),
+    "an unknown SDK": (("sdk", "name"), "openvino"),
+    "no name of the golden vectors": (("golden",), ""),
+}
+IMPOSSIBLE = [("report", *wrong) for wrong in WRONG_VALUES.values()]
+IMPOSSIBLE += [("sidecar", *wrong) for wrong in WRONG_SIDECARS.values()]
+
+
+@pytest.mark.parametrize(("name", "path", "value"), IMPOSSIBLE, ids=[*WRONG_VALUES, *WRONG_SIDECARS])
+def test_a_value_that_cannot_be_is_seen(name, path, value):
+    changed = copy.deepcopy(DOCUMENTS[name])
+    parent_of(changed, path)[path[-1]] = value
+    assert len(problems(changed, SCHEMAS[name])) == 1
+
+
+COMPUTED = {"schema", "passed", "verdict"}
+DATACLASSES = [
+    (Check, SCHEMA["$defs"]["check"], set()),
+    (LedgerRow, SCHEMA["$defs"]["ledgerRow"], set()),
+    (Comparison, SCHEMA["$defs"]["comparison"], set()),
+    (Flip, SCHEMA["$defs"]["flip"], set()),
+    (LayerRow, SCHEMA["$defs"]["layerRow"], set()),
+    (AccuracyRow, SCHEMA["$defs"]["accuracyRow"], set()),
+    (EngineRecord, SCHEMA["$defs"]["engine"], set()),
+    (FileRecord, SCHEMA["$defs"]["file"], set()),
+    (Certificate, SCHEMA["$defs"]["certificate"], set()),
+    (Audit, SCHEMA["$defs"]["audit"], {"line"}),
+    (Audit, SIDECAR["properties"]["audit"], {"line"}),
+    (Witness, SCHEMA["$defs"]["witness"], set()),
+    (LayerWitness, SCHEMA["$defs"]["layerWitness"], {"excess_drift", "excess_spread"}),
+    (BlockAgreement, SCHEMA["$defs"]["blockAgreement"], set()),
+    (Report, SCHEMA, COMPUTED),
+    (Manifest, SIDECAR, {"schema"}),
+]
+
+
+@pytest.mark.parametrize(("record", "node", "more"), DATACLASSES, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_fields_are_those_of_the_dataclass(record, node, more):
+    assert set(node["properties"]) == {field.name for field in dataclasses.fields(record)} | more
+
+
+def test_a_field_that_the_schema_does_not_know_would_be_seen():
+    wider = dataclasses.make_dataclass("Wider", ["later"], bases=(Flip,), frozen=True)
+    flip = wider(0, 1.0, "now")
+    comparison = dataclasses.replace(REPORT.ledger[0].comparison, flips=(flip,))
+    row = dataclasses.replace(REPORT.ledger[0], comparison=comparison)
+    found = problems(json.loads(dataclasses.replace(REPORT, ledger=(row,)).to_json()))
+    assert found == ["Additional properties are not allowed ('later' was unexpected)"]
+
+
+def test_the_closed_choices_are_those_of_the_code():
+    definitions = SCHEMA["$defs"]
+    assert definitions["precision"]["enum"] == list(PRECISION_NAMES) == list(GATES)
+    assert SIDECAR["properties"]["precision"]["enum"] == list(PRECISION_NAMES)
+    assert definitions["engine"]["properties"]["sdk"]["enum"] == [sdk.module for sdk in SDKS]
+    assert SIDECAR["properties"]["sdk"]["properties"]["name"]["enum"] == [sdk.module for sdk in SDKS]
+    assert set(definitions["checkpoint"]["properties"]["lineage"]["enum"]) == {lineage.name for lineage in LINEAGES}
+    assert definitions["witness"]["properties"]["verdict"]["enum"] == [CLEAR, SUSPICIOUS, WRONG, UNAVAILABLE]
+    assert definitions["architecture"]["properties"]["in_channels"]["enum"] == list(IN_CHANNELS)
+    assert definitions["certificate"]["properties"]["branches"]["items"]["enum"] == [*BRANCH_TENSORS, "fused"]
+
+
+@pytest.mark.parametrize(("package", "name"), [("exporter.report", "report"), ("engines", "sidecar")])
+def test_the_schema_is_in_the_package(package, name):
+    import tomllib
+
+    text = (importlib.resources.files(package) / f"{name}.schema.json").read_text(encoding="utf-8")
+    assert json.loads(text)["$id"] == f"urn:repvgg-exporter:{name}:1"
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    top = package.partition(".")[0]
+    assert any(f"{name}.schema.json" in pattern for pattern in listed[top])
+
+
+def test_a_passing_report_says_so():
+    assert json.loads(PASSING.to_json())["verdict"] == "PASS: 1 of 1 checks hold"
+    assert DOCUMENTS["report"]["verdict"] == "FAIL: 1 of 2 checks hold, 1 not run"
