@@ -3,11 +3,11 @@
 The claim, for each convolution of the graph: exactly one kernel of the plan covers its node; that kernel takes and
 holds numbers of the graph's dtype; the ReLU that follows is inside the same kernel; and the kernel's weights and bias,
 put back from the plan's memory layout into (out, in / groups, height, width), have the graph's very bits. A compiler
-may pad the input channels of a weight (it does so for the first convolution) or either side of the matrix; the padding
-must then be zero. A 1x1 convolution of a few channels, such as SE has, may be compiled into generated code that reads
-each column of its weights, or each number, as a constant of its own; then every one must be there. A bias may have been
-moved into the kernel that comes next. Weights of one single number may become part of the code; they are reported as
-not readable, and as nothing else.
+may pad the channels of a weight (of the first convolution; for Turing, of any) or either side of the matrix; the
+padding must then be zero. A 1x1 convolution of a few channels, such as SE has, may be compiled into generated code that
+reads each column of its weights, or each number, as a constant of its own; then every one must be there. A bias may
+have been moved into the kernel that comes next. Weights of one single number may become part of the code; they are
+reported as not readable, and as nothing else.
 """
 
 from __future__ import annotations
@@ -231,11 +231,12 @@ def _kernel_problems(plan: Plan, expected: ExpectedConvolution, kernel: Convolut
 
 
 def _is_weight(plan: Plan, constant: Constant, weight: NDArray[Any]) -> bool:
-    """The constant is (out, in / groups, height, width) with input channels, perhaps, padded by zeros."""
+    """The constant is (out, in / groups, height, width) with either of the first two, perhaps, padded by zeros."""
     if constant.dtype != str(weight.dtype) or len(constant.dims) != weight.ndim:
         return False
-    stored, channels = plan.array(constant), weight.shape[1]
-    return _bits_equal(stored[:, :channels], weight) and not stored[:, channels:].any()
+    stored, (out, channels) = plan.array(constant), weight.shape[:2]
+    padding = (stored[out:], stored[:, channels:])
+    return _bits_equal(stored[:out, :channels], weight) and not any(part.any() for part in padding)
 
 
 def _stand(plan: Plan, node: str, **expected: NDArray[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import InputRejected, first_line
+from engines.parity import Gate, compare
 
 GOLDEN_NAME = "golden.npz"
 MIXED_UP_FACTOR = 0.5
@@ -43,6 +44,12 @@ class Golden:
             if not np.array_equal(self.images[a], self.images[b])
         ]
         return min(apart) / scale if apart else float("inf")
+
+    def tells_apart(self, gate: Gate) -> bool:
+        """Whether a network that gave one and the same answer to everything would be beyond ``gate``."""
+        constant = (self.outputs.min(axis=0) + self.outputs.max(axis=0)) / 2
+        error = compare(self.outputs, np.broadcast_to(constant, self.outputs.shape)).relative_error
+        return error > gate.max_relative_error
 
     def mixed_up(self, outputs: NDArray[np.floating], rows: Sequence[int] | None = None) -> list[int]:
         """The places in ``outputs`` that are much nearer to the answer for another image than to their own.

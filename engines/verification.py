@@ -230,10 +230,13 @@ def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: 
     mixed_up = [] if failure else golden.mixed_up(answers)
     if mixed_up:
         failure = f"answer {mixed_up[0]} is nearer to that of another image: rows are mixed up, or all alike"
+    same = comparison.rows - len(comparison.flips)
     detail = (
         f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
-        f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {comparison.top1_agreement:.0%} of {comparison.rows}"
+        f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {same} of {comparison.rows}"
     )
+    if not golden.tells_apart(gate):
+        detail += "; a constant answer would pass, too: export with --calib for vectors that tell more"
     return finding(
         passed=failure is None,
         detail=f"{failure}; {detail}" if failure else detail,

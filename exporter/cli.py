@@ -12,7 +12,14 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from exporter.errors import INTERRUPTED_EXIT_CODE, ReportedError, UsageError, VerificationFailed, first_line
+from exporter.errors import (
+    INTERRUPTED_EXIT_CODE,
+    OutputFailed,
+    ReportedError,
+    UsageError,
+    VerificationFailed,
+    first_line,
+)
 from exporter.interrupts import Interrupts
 from exporter.request import (
     PRECISION_NAMES,
@@ -183,8 +190,9 @@ def _progress(*, shown: bool) -> Iterator[Progress]:
 def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     from exporter.run import report_from_request
 
+    if arguments.junit is not None:
+        _prepare_junit(arguments.junit)
     request = _request(arguments)
-    _check_junit(arguments.junit, request)
     talkative = not (arguments.quiet or arguments.json)
     with _progress(shown=talkative) as progress:
         try:
@@ -194,7 +202,8 @@ def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
                 _write_junit_of_error(arguments.junit, error, request)
             raise
     if arguments.junit is not None:
-        _write_junit(arguments.junit, report)
+        with contextlib.nullcontext() if report.passed else contextlib.suppress(OutputFailed):
+            _write_junit(arguments.junit, report)
     if arguments.json:
         sys.stdout.write(report.to_json())
     if not report.passed:
@@ -211,10 +220,15 @@ def _silent(line: str) -> None:
     pass
 
 
-def _check_junit(path: pathlib.Path | None, request: Request) -> None:
-    read = [given for given in (request.path, request.calibration, request.labels, request.expect) if given is not None]
-    if path is not None and path.resolve() in [given.resolve() for given in read]:
-        raise UsageError(f"--junit {path}: would overwrite the run's own input; give another name")
+def _prepare_junit(path: pathlib.Path) -> None:
+    """Sees that the file can be written, and that none of an earlier run is taken for this one's."""
+    from engines.files import reported_write_errors
+
+    if path.suffix != ".xml":
+        raise UsageError(f"--junit {path}: name a file that ends in .xml, which nothing else here does")
+    with reported_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _write_junit(path: pathlib.Path, report: Report) -> None:

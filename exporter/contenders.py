@@ -121,7 +121,10 @@ def _onnx(path: pathlib.Path) -> Contender:
     inputs = [value for value in graph.structure.graph.input if value.name not in graph.weights]
     names = inputs[0].name, graph.structure.graph.output[0].name
     batch, *shape = _shape(inputs[0], path)
-    checked(graph)
+    try:
+        checked(graph)
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{path}: {error}; export it again") from error
     half = any(array.dtype == np.float16 for array in graph.weights.values())
     if half:
         inferred = Graph(onnx.shape_inference.infer_shapes(graph.structure), graph.weights)

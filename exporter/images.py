@@ -38,6 +38,14 @@ def normalisation(channels: int, mean: tuple[float, ...] | None, std: tuple[floa
 
 
 def noise_images(channels: int, size: tuple[int, int]) -> NDArray[np.float32]:
-    """(4, channels, height, width) of standard normal noise, the same on every machine."""
+    """(4, channels, height, width) of normal noise, each image of another strength around another colour.
+
+    The same on every machine. Colours, because pooling averages white noise away: all images would have nearly the same
+    answer, and one that is wrong would not stand out.
+    """
     generator = np.random.Generator(np.random.PCG64(SEED))
-    return generator.standard_normal((GOLDEN_IMAGES, channels, *size), dtype=np.float32)
+    noise = generator.standard_normal((GOLDEN_IMAGES, channels, *size), dtype=np.float32)
+    strengths = np.linspace(0.25, 1.0, GOLDEN_IMAGES, dtype=np.float32)[:, None, None, None]
+    levels = np.linspace(-1.5, 1.5, GOLDEN_IMAGES, dtype=np.float32)
+    colours = np.stack([np.roll(levels, channel) for channel in range(channels)], axis=1)[:, :, None, None]
+    return noise * strengths + colours

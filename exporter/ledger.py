@@ -57,14 +57,14 @@ def whole_stage(name: str, outputs: Outputs) -> Stage:
 
 
 def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: int = 0) -> Stage:
-    """Runs ``images``, of which there are two at least, in a batch of one and the rest; then one of ``largest``.
+    """Runs ``images`` in a batch of one and batches of the rest, and then, if that is more, in one of ``largest``.
 
     Raises:
         VerificationFailed: from ``run``, or because a batch came back in another number of rows.
     """
     rest = range(1, len(images))
     rows = [(0,), *(tuple(rest[start : start + IMAGES_AT_ONCE]) for start in range(0, len(rest), IMAGES_AT_ONCE))]
-    if largest > len(rows[1]):
+    if largest > max(map(len, rows)):
         repeated = np.resize(np.arange(len(images)), largest)
         rows.append(tuple(np.random.Generator(np.random.PCG64(SEED)).permutation(repeated).tolist()))
     outputs = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +19,9 @@ from exporter.report import Check, LedgerRow
 
 FLOAT32_LOSS_FACTOR = 4.0
 """Float32 may lose so many times what the training-time network itself loses in it."""
+
+WIDEST_GATE = 1e-3
+"""What no loss in float32 excuses."""
 
 Judge = Callable[[Comparison], Gate]
 """The gate for a comparison; it may depend on the comparison, where a wider one costs work to find."""
@@ -63,12 +67,16 @@ class Measured:
             return Check(title, passed=False, value=None, gate=None, detail=f"{OUTPUT}: {error}")
         self.stages.append(stage)
         gate = judge(comparison)
-        failure = gate.failure(comparison) or self._mixed_up(stage)
+        golden = Golden(self.images, self.reference)
+        failure = gate.failure(comparison) or _mix_up(golden, stage)
         same = comparison.rows - len(comparison.flips)
         detail = (
             f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
             f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {same} of {comparison.rows}"
         )
+        if failure is None and not golden.tells_apart(gate):
+            undecided = f"undecided: a constant answer would pass, too; give real images; {detail}"
+            return Check(title, None, comparison.relative_error, gate.max_relative_error, undecided)
         return Check(
             title,
             failure is None,
@@ -77,11 +85,12 @@ class Measured:
             f"{failure}; {detail}" if failure else detail,
         )
 
-    def _mixed_up(self, stage: Stage) -> str | None:
-        places = Golden(self.images, self.reference).mixed_up(stage.outputs, stage.order)
-        if not places:
-            return None
-        return f"output {places[0]} is nearer to that of another image: rows are mixed up, or all alike"
+
+def _mix_up(golden: Golden, stage: Stage) -> str | None:
+    places = golden.mixed_up(stage.outputs, stage.order)
+    if not places:
+        return None
+    return f"output {places[0]} is nearer to that of another image: rows are mixed up, or all alike"
 
 
 def fixed(gate: Gate) -> Judge:
@@ -95,6 +104,7 @@ def at_least(gate: Gate, loss: Callable[[], float], factor: float) -> Judge:
     def judge(comparison: Comparison) -> Gate:
         if comparison.non_finite or gate.failure(comparison) is None:
             return gate
-        return Gate(max(gate.max_relative_error, factor * loss()), gate.top1)
+        lost = factor * loss()
+        return Gate(min(max(gate.max_relative_error, lost), WIDEST_GATE), gate.top1) if math.isfinite(lost) else gate
 
     return judge

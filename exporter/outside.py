@@ -29,7 +29,7 @@ def witness_from_inputs(
     """Runs the first IMAGES real images, where there are any, through the training-time network.
 
     It fails where the batch norms do not know the images at all, or where other assumptions fit clearly better;
-    ``ignored`` makes a finding of that instead of a failure.
+    ``ignored`` makes a check of that which is not judged.
 
     Returns:
         The check, and the report's ``witness``.
@@ -48,4 +48,5 @@ def witness_from_inputs(
     detail += f"; {proposal.line}"
     if failed:
         detail += " (ignored, as --ignore-witness says)" if ignored else " (--ignore-witness lets it pass)"
-    return [Check(STAGE, not failed or ignored, None, None, detail)], {**record, "proposal": proposal.record()}
+    passed = None if failed and ignored else not failed
+    return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": proposal.record()}

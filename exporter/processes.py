@@ -57,6 +57,13 @@ class Processes:
             process.__exit__()
 
 
+def require_packages() -> None:
+    """Raises ``SdkMissing`` unless every package that exporting needs is installed; none is imported."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise SdkMissing(f"{', '.join(missing)}: not installed; pip install 'repvgg-exporter[export,ort]'")
+
+
 @contextlib.contextmanager
 def started(request: Request) -> Iterator[Processes]:
     """Starts what ``request`` needs, and ends it all at the end, however that comes.
@@ -65,9 +72,7 @@ def started(request: Request) -> Iterator[Processes]:
         SdkMissing: a package is not installed, no compiler here can do what is asked, or a GPU is required and absent.
         UsageError: the cards asked for must not share an engine.
     """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise SdkMissing(f"{', '.join(missing)}: not installed; pip install 'repvgg-exporter[export,ort]'")
+    require_packages()
     if "trt" in request.require and gpu_compute_capability() is None:
         raise SdkMissing(
             "--require trt: no GPU answers here, so no engine could be run; run this where one is, or leave it out"

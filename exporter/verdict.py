@@ -10,10 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.golden import golden_from_file
 from engines.parity import GATES, Gate
 from exporter.checkpoint import checkpoint_from_path, is_checkpoint
 from exporter.contenders import EXACTNESS, Contender, assumptions_of, contender_from_path
@@ -166,10 +168,25 @@ def _common_shape(reference: Contender, candidate: Contender, request: Request) 
 def _images(path: pathlib.Path | None, channels: int, request: Request) -> tuple[NDArray[np.float32], str]:
     if path is None:
         return noise_images(channels, request.size), "seeded noise (no --inputs given)"
+    if _is_golden(path):
+        images = golden_from_file(path).images
+        if images.shape[1:] != (channels, *request.size):
+            raise InputRejected(
+                f"{path}: input is {images.shape}, not (N, {channels}, {request.size[0]}, {request.size[1]})"
+            )
+        return images, f"the {len(images)} golden images of {path.name}"
     normalise = normalisation(channels, request.mean, request.std)
     dataset = dataset_from_npz(path, channels, request.size, normalise, "--inputs")
     images = dataset.first(LARGEST_COUNT)
     return images, f"the first {len(images)} images of {path.name}"
+
+
+def _is_golden(path: pathlib.Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {"input.npy", "output.npy"} <= set(archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False  # the reader of images says what is wrong with it
 
 
 def _largest(candidate: Contender, size: tuple[int, int]) -> int:

@@ -57,6 +57,9 @@ def verdict_of(
     Raises:
         ReportedError: a file cannot be used, holds what no RepVGG does, or cannot be run here.
     """
+    from exporter.processes import require_packages
+
+    require_packages()
     from exporter.verdict import verdict_from_files
 
     first, second = pathlib.Path(a), pathlib.Path(b)

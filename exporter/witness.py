@@ -264,7 +264,7 @@ def _line(verdict: str, images: int, layers: tuple[LayerWitness, ...], agreement
     if worst is not None and _number(worst.disagreement) > CLEAR_DISAGREEMENT:
         return (
             f"{verdict}: the branches of {worst.block} contradict each other (by {worst.disagreement:.2g} of a "
-            f"standard deviation): weights and batch norm statistics are not of the same training; export another checkpoint"
+            f"standard deviation): weights and statistics are not of the same training; export another checkpoint"
         )
     if verdict == UNAVAILABLE:
         few = f"{images} images are too few to tell ({FEWEST_IMAGES} are needed, 128 are better)"

@@ -20,6 +20,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Here and not in tests/gpu, since options are read before that directory is looked at."""
+    parser.addoption("--gpu", action="store_true", help="run tests/gpu, which fail where no GPU answers")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _two_threads() -> None:
     torch.set_num_threads(2)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import exporter
-from tests.conftest import EXAMPLES
+from tests.conftest import EXAMPLES, run_process
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +76,24 @@ def test_the_engine_is_all_half(exported):
     _, report = exported
     line = report.engines[0].audit["line"]
     assert line == "11 of 11 convs in FP16, Conv+ReLU in one kernel each, all 12 weights bit-equal"
+
+
+def test_the_expected_answers_are_those_of_the_trained_network(training_script):
+    network = training_script.RepVGG()
+    network.load_state_dict(torch.load(EXAMPLES / "fashion.pt", weights_only=True))
+    network.eval()
+    with np.load(EXAMPLES / "fashion_expected.npz") as archive, np.load(EXAMPLES / "fashion_test.npz") as test:
+        assert np.array_equal(archive["input"], training_script.normalised(test["images"][:16]).numpy())
+        with torch.no_grad():
+            answers = network(torch.from_numpy(archive["input"])).numpy()
+        assert np.abs(archive["output"] - answers).max() < 1e-5 * np.abs(answers).max()
+        assert (archive["output"].argmax(1) == test["labels"][:16]).mean() > 0.8
+
+
+def test_the_script_writes_the_files_that_ship(tmp_path):
+    done = run_process([EXAMPLES / "expect_fashion.py", "--out", tmp_path], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("fashion_classes.txt", "ankle_boot.png"):
+        assert (tmp_path / name).read_bytes() == (EXAMPLES / name).read_bytes()
+    with np.load(tmp_path / "fashion_expected.npz") as made, np.load(EXAMPLES / "fashion_expected.npz") as shipped:
+        assert np.abs(made["output"] - shipped["output"]).max() < 1e-4

@@ -24,8 +24,8 @@ class TensorDescription:
 class Backend(Protocol):
     """A loaded file. Its first dimension is the batch; ``batch`` is the smallest and the largest that it takes.
 
-    ``run`` is given contiguous arrays of the right names, dtypes and shapes, with a batch in that range; the runner sees
-    to that. ``close`` frees everything and may be called twice.
+    ``run`` is given contiguous arrays of the right names, dtypes and shapes, with a batch in that range, which the
+    runner sees to. ``close`` frees everything and may be called twice.
     """
 
     inputs: tuple[TensorDescription, ...]

@@ -161,7 +161,9 @@ def _witness(witness: dict[str, Any] | None) -> str:
         ("block", "disagreement"),
         ((row["block"], _figure(row["disagreement"])) for row in witness["agreements"]),
     )
-    return "\n\n".join(part for part in (f"## Witness\n\n{escaped(witness['line'])}", layers, agreements) if part)
+    proposal = escaped(witness["proposal"]["line"]) if witness["proposal"] else ""
+    parts = ("## Witness", escaped(witness["line"]), proposal, layers, agreements)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _figure(value: float | None) -> str:

@@ -115,11 +115,15 @@ def test_layers_have_a_column_per_stage_and_name_the_first_that_departs():
 
 def test_the_witness_has_its_line_and_a_row_for_each_batch_norm():
     text = markdown_from_report(REPORT)
-    assert "\n## Witness\n\nsuspicious: the images depart in stage0.0.dense\n\n## Batch norms\n" in text
+    lines = "suspicious: the images depart in stage0.0.dense\n\nyour images fit --mean 0,0,0 far better"
+    assert f"\n## Witness\n\n{lines}\n\n## Batch norms\n" in text
     found = tables(text)
     assert found["Batch norms"][0] == ["layer", "drift", "spread", "excess drift", "excess spread"]
     assert found["Batch norms"][2:] == [["stage0.0.dense", "0.250", "0.500", "0.240", "not finite"]]
     assert found["Branches of a block against each other"][2:] == [["stage1.1", "0.125"]]
+    alone = {**REPORT.witness, "proposal": None, "layers": [], "agreements": []}
+    text = markdown_from_report(dataclasses.replace(REPORT, witness=alone))
+    assert "\n## Witness\n\nsuspicious: the images depart in stage0.0.dense\n\n## Assumptions\n" in text
     assert "## Witness" not in markdown_from_report(dataclasses.replace(REPORT, witness=None))
 
 

@@ -22,6 +22,7 @@ from exporter.errors import VerificationFailed
 from exporter.lineages import LINEAGES
 from exporter.lineages.lineage import BRANCH_TENSORS
 from exporter.plain import Certificate
+from exporter.proposals import Proposal
 from exporter.report import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
 from exporter.request import PRECISION_NAMES
 from exporter.witness import CLEAR, SUSPICIOUS, UNAVAILABLE, WRONG, BlockAgreement, LayerWitness, Witness
@@ -283,7 +284,8 @@ DATACLASSES = [
     (Certificate, SCHEMA["$defs"]["certificate"], set()),
     (Audit, SCHEMA["$defs"]["audit"], {"line"}),
     (Audit, SIDECAR["properties"]["audit"], {"line"}),
-    (Witness, SCHEMA["$defs"]["witness"], set()),
+    (Witness, SCHEMA["$defs"]["witness"], {"proposal"}),
+    (Proposal, SCHEMA["$defs"]["proposal"], set()),
     (LayerWitness, SCHEMA["$defs"]["layerWitness"], {"excess_drift", "excess_spread"}),
     (BlockAgreement, SCHEMA["$defs"]["blockAgreement"], set()),
     (Report, SCHEMA, COMPUTED),
