@@ -170,6 +170,11 @@ def audit_of_plan(plan: Plan, convolutions: Sequence[ExpectedConvolution], matri
     dtypes = [finding.dtype for finding in findings if finding.dtype is not None]
     with_relu = sum(finding.relu_inside for finding in findings)
     findings += [_matrix_finding(plan, expected) for expected in matrices]
+    problems = [problem for finding in findings for problem in finding.problems]
+    nodes: list[ExpectedConvolution | ExpectedMatrix] = [*convolutions, *matrices]
+    wide = [expected.node for expected in nodes if expected.weight.dtype == np.float32]
+    if plan.tf32 and wide:
+        problems.insert(0, f"{wide[0]}: asked for float32, compiled with TF32 allowed; build it again")
     return Audit(
         audited=True,
         reason=None,
@@ -181,7 +186,7 @@ def audit_of_plan(plan: Plan, convolutions: Sequence[ExpectedConvolution], matri
         expected_relus=sum(expected.relu_node is not None for expected in convolutions),
         weights_bit_equal=sum(not finding.problems and not finding.unread for finding in findings),
         expected_weights=len(findings),
-        problems=tuple(problem for finding in findings for problem in finding.problems),
+        problems=tuple(problems),
         unproven=tuple(unread for finding in findings for unread in finding.unread),
     )
 

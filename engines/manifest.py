@@ -214,4 +214,7 @@ def _check_agreement(manifest: Manifest, fields: dict[str, Value]) -> None:
 
 
 def _listed(numbers: tuple[float, ...]) -> str:
-    return ",".join(f"{number:g}" for number in numbers)
+    shortest = (f"{number:g}" for number in numbers)
+    return ",".join(
+        short if float(short) == number else repr(number) for short, number in zip(shortest, numbers, strict=True)
+    )

@@ -47,6 +47,7 @@ for _ in range(3):  # a block holds lists, and a function's condition holds list
 _FIELD = re.compile(rf'\b(\w+)\s*=\s*("[^"]*"|{_BRACES}|[^\s{{}}"]+)')
 _OPERATION = re.compile(rf"^  (\w+)=({_BRACES})", re.MULTILINE)
 _REGION = re.compile(r"^  region = \{ name=(\S+) .*constant=true", re.MULTILINE)
+_TF32 = re.compile(r"^  tf32=1$", re.MULTILINE)
 _QUOTED = re.compile(r'"([^"]*)"')
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]\[]*)\]")
 
@@ -115,6 +116,8 @@ class Plan:
     convolutions: tuple[ConvolutionKernel, ...]
     functions: tuple[FunctionKernel, ...]
     constants: tuple[Constant, ...]
+    tf32: bool
+    """Whether the card may round what is float32 to TF32, which has 10 bits of mantissa, before it multiplies."""
     data: Any
 
     @property
@@ -215,7 +218,8 @@ def _plan_from_chunks(data: Any, header: Header) -> Plan:
             convolutions.append(_convolution(program, fields, inner, constants))
         elif kind in OTHER_KERNELS:
             functions.append(FunctionKernel(_onnx_nodes(fields), _constants_read(fields, constants)))
-    return Plan(header, tuple(convolutions), tuple(functions), tuple(constants.values()), data)
+    tf32 = any(_TF32.search(text) for text in texts)
+    return Plan(header, tuple(convolutions), tuple(functions), tuple(constants.values()), tf32, data)
 
 
 def _chunk(data: Any, index: int, tag: bytes) -> tuple[int, int]:
@@ -263,20 +267,26 @@ def _onnx_nodes(fields: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _constants(program: _Program, start: int, end: int) -> dict[str, Constant]:
-    """Every constant with a payload, with its position: payloads stand in the order of their ``offset``."""
-    described = []
+    """Every constant with a payload, with its position: payloads stand in the order of their ``offset``.
+
+    Constants of one offset are equal, and stored once.
+    """
+    payloads: dict[int, list[tuple[str, dict[str, str]]]] = {}
     for name, fields in program.descriptors.items():
         if "const_payload_size" in fields and fields["region"].strip('"') in program.constant_regions:
-            described.append((int(fields["offset"]), name, fields))
-    described.sort()
-    if [rank for rank, _, _ in described] != list(range(len(described))):
+            payloads.setdefault(int(fields["offset"]), []).append((name, fields))
+    if sorted(payloads) != list(range(len(payloads))):
         raise ValueError("its constants are not numbered one by one")
-    constants, position, written_to = {}, start, start
-    for _, name, fields in described:
-        constant = _constant(name, fields, position)
-        constants[name] = constant
-        written_to = position + constant.size
-        position += -(-constant.size // PAYLOAD_ALIGNMENT) * PAYLOAD_ALIGNMENT
+    constants: dict[str, Constant] = {}
+    position = written_to = start
+    for rank in range(len(payloads)):
+        equal = [_constant(name, fields, position) for name, fields in payloads[rank]]
+        size = equal[0].size
+        if any(constant.size != size for constant in equal):
+            raise ValueError(f"constants of different sizes are stored as number {rank}")
+        constants |= {constant.name: constant for constant in equal}
+        written_to = position + size
+        position += -(-size // PAYLOAD_ALIGNMENT) * PAYLOAD_ALIGNMENT
     if not written_to <= end <= position:
         raise ValueError(f"its constants end at {written_to}, the chunk at {end}")
     return constants

@@ -28,7 +28,7 @@ class Subject:
         """What the tensors do not say, as the flags that would say it again."""
         return {
             "strides": joined(self.architecture.stage_strides),
-            "eps": f"{self.architecture.bn_eps:g}",
+            "eps": number_text(self.architecture.bn_eps),
             "size": f"{self.request.size[0]}x{self.request.size[1]}",
             "mean": _numbers(self.normalise.mean),
             "std": _numbers(self.normalise.std),
@@ -115,8 +115,14 @@ def title_of(architecture: Architecture) -> str:
     return f"RepVGG-{architecture.variant}" if architecture.variant else "RepVGG (no published variant)"
 
 
+def number_text(value: float) -> str:
+    """The shortest text that reads back as the very same number."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
 def _numbers(values: tuple[float, ...]) -> str:
-    return ",".join(f"{value:g}" for value in values)
+    return ",".join(number_text(value) for value in values)
 
 
 def _strides_line(request: Request, architecture: Architecture) -> str:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from exporter.architecture import Architecture
 from exporter.dataset import Dataset, dataset_from_npz
+from exporter.expectation import Expectation, expectation_from_npz
 from exporter.images import GOLDEN_IMAGES, Normalisation, noise_images
 from exporter.request import Request
 
@@ -17,7 +18,8 @@ from exporter.request import Request
 class Inputs:
     """``images`` (4, C, H, W) float32 are what every form of the network is compared on; ``source`` says where from.
 
-    ``calibration`` and ``labelled`` are the whole files, where given, with the ``labels`` (N,) of the latter.
+    ``calibration`` and ``labelled`` are the whole files, where given, with the ``labels`` (N,) of the latter;
+    ``expectation`` has the user's own model's answers.
     """
 
     images: NDArray[np.float32]
@@ -25,6 +27,7 @@ class Inputs:
     calibration: Dataset | None
     labelled: Dataset | None
     labels: NDArray[np.int64] | None
+    expectation: Expectation | None
 
 
 def inputs_from_request(request: Request, architecture: Architecture, normalise: Normalisation) -> Inputs:
@@ -34,14 +37,17 @@ def inputs_from_request(request: Request, architecture: Architecture, normalise:
         InputRejected: one cannot be read, or does not fit the network.
     """
     channels = architecture.in_channels
-    calibration = labelled = labels = None
+    calibration = labelled = labels = expectation = None
     if request.calibration is not None:
         calibration = dataset_from_npz(request.calibration, channels, request.size, normalise, "--calib")
     if request.labels is not None:
         labelled = dataset_from_npz(request.labels, channels, request.size, normalise, "--labels")
         labels = labelled.labels(architecture.classes)
+    if request.expect is not None:
+        expectation = expectation_from_npz(request.expect, channels, request.size, architecture.classes)
     chosen = calibration or labelled
     if chosen is None:
-        return Inputs(noise_images(channels, request.size), "seeded noise (no --calib given)", None, None, None)
-    source = f"the first {GOLDEN_IMAGES} images of {chosen.path.name}"
-    return Inputs(chosen.first(GOLDEN_IMAGES), source, calibration, labelled, labels)
+        images, source = noise_images(channels, request.size), "seeded noise (no --calib given)"
+    else:
+        images, source = chosen.first(GOLDEN_IMAGES), f"the first {GOLDEN_IMAGES} images of {chosen.path.name}"
+    return Inputs(images, source, calibration, labelled, labels, expectation)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from exporter.architecture import Architecture
+from exporter.expectation import expectation_check
 from exporter.inputs import Inputs
 from exporter.proposals import proposal_from_images
 from exporter.report import Check
@@ -21,6 +22,11 @@ from exporter.witness import CLEAR, UNAVAILABLE, WRONG, witness_from_images
 IMAGES = 128
 IMAGES_AT_ONCE = 32
 STAGE = "witness, batch norms against your images"
+
+
+def expectation_checks(architecture: Architecture, tensors: Mapping[str, Tensor], inputs: Inputs) -> list[Check]:
+    """The user's own model's answers against the reconstruction in float64, where there are any."""
+    return [] if inputs.expectation is None else [expectation_check(architecture, tensors, inputs.expectation)]
 
 
 def witness_from_inputs(

@@ -45,7 +45,7 @@ from exporter.model import logits
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
 from exporter.onnxruntime_cpu import Session, session_from_file, session_from_graph
-from exporter.outside import witness_from_inputs
+from exporter.outside import expectation_checks, witness_from_inputs
 from exporter.plain import Plain, plain_from_repvgg
 from exporter.precisions import PRECISIONS
 from exporter.processes import Processes
@@ -94,6 +94,7 @@ def report_from_checkpoint(
             notify(line)
 
         found = Findings(notify)
+        found.add(expectation_checks(architecture, tensors, inputs))
         found.add_witness(*witness_from_inputs(architecture, tensors, inputs, ignored=request.ignore_witness))
         reference = reference_from_repvgg(architecture, tensors, inputs.images)
         plain = plain_from_repvgg(architecture, tensors, inputs.images)
@@ -125,7 +126,7 @@ def report_from_checkpoint(
             found.add_layers(*layers_from_run(subject, measured, typed, path if request.onnx else None, found))
         for one in typed:
             record, audit = engine_from_typed(one, processes.compilers[one.precision.name], progress)
-            write_sidecar(one, record, subject, digest.result(), stage)
+            write_sidecar(one, record, request.batch, stage)
             audited = checks.audit_check(one.precision, audit)
             found.add_engine(record, [audited, engine_check(one, measured, required="trt" in request.require)])
         write_golden_vectors(reference, stage)

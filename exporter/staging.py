@@ -7,9 +7,7 @@ that fails a check leaves its files as ``*.rejected`` and touches nothing else; 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import pathlib
 import shutil
 import tempfile
@@ -17,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor, Future
 
 from engines.files import reported_write_errors, sha256_of, synced
+from engines.replacement import replace_together
 from exporter.errors import OutputFailed
 
 REPORT_NAME, SUMMARY_NAME = "report.json", "report.md"
@@ -73,23 +72,14 @@ class Staging:
 
     def _move(self, suffix: str) -> None:
         """All or none: where a rename fails or is interrupted, those before it are undone."""
-        earlier, moved = self._folder / ".earlier", []
         with reported_write_errors(self.out):
             for sealed in self._sealed.values():
                 sealed.result()
+            earlier = self._folder / ".earlier"
             earlier.mkdir()
-            try:
-                # The report goes last: it lists the others, so a reader who sees it sees them.
-                for path in sorted(self.files, key=lambda path: path.name == REPORT_NAME):
-                    target = self.out / (path.name + suffix)
-                    if target.exists():
-                        _keep(target, earlier / target.name)
-                    moved.append(target)
-                    path.replace(target)
-            except BaseException:
-                for target in moved:
-                    _put_back(earlier / target.name, target)
-                raise
+            # The report goes last: it lists the others, so a reader who sees it sees them.
+            files = sorted(self.files, key=lambda path: path.name == REPORT_NAME)
+            replace_together({path: self.out / (path.name + suffix) for path in files}, earlier)
 
     def _remove(self, names: set[str]) -> None:
         for name in names:
@@ -97,24 +87,6 @@ class Staging:
             with contextlib.suppress(OSError, ValueError):
                 if path.resolve() not in self._protected:
                     path.unlink()
-
-
-def _keep(target: pathlib.Path, earlier: pathlib.Path) -> None:
-    """A second name for a file, so that it is never missing; on a file system without links, its only name."""
-    if target.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a directory is in the place of a file", str(target))
-    try:
-        os.link(target, earlier)
-    except OSError:
-        target.replace(earlier)
-
-
-def _put_back(earlier: pathlib.Path, target: pathlib.Path) -> None:
-    with contextlib.suppress(OSError):
-        if earlier.exists():
-            earlier.replace(target)
-        else:
-            target.unlink()
 
 
 def _synced_sha256(path: pathlib.Path) -> str:

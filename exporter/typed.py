@@ -13,19 +13,20 @@ from engines.audit import Audit, audit_of_file
 from engines.build import CompilerProcess, Progress
 from engines.compiler import Request as CompilerRequest
 from engines.files import write_whole
-from engines.manifest import Manifest, sidecar_path
+from engines.manifest import sidecar_path
+from engines.onnx_file import onnx_file_from_path
 from engines.plan import header_from_file
 from engines.sdk import gpu_compute_capability
+from engines.sidecar import compute_capabilities, manifest_from_build
 from exporter import checks
-from exporter.description import Subject
 from exporter.errors import DeviceFailed, SdkMissing
 from exporter.measured import Measured, fixed
 from exporter.onnx_file import graph_from_file, write_onnx
-from exporter.onnx_graph import BATCH, INPUT, OUTPUT, Graph, with_metadata
+from exporter.onnx_graph import INPUT, OUTPUT, Graph, with_metadata
 from exporter.onnxruntime_cpu import Session, session_from_graph
 from exporter.plain import Plain
 from exporter.precisions import Precision
-from exporter.reference import GOLDEN_NAME, Reference
+from exporter.reference import Reference
 from exporter.report import Check, EngineRecord
 from exporter.request import Request
 from exporter.staging import Staging
@@ -138,36 +139,25 @@ def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progres
         precision=typed.precision.name,
         sdk=build.sdk,
         sdk_version=build.sdk_version,
-        compute_capabilities=header_from_file(typed.engine).compute_capabilities,
+        compute_capabilities=compute_capabilities(header_from_file(typed.engine)),
         seconds=round(build.seconds, 3),
         kept_in_float32=typed.kept,
-        audit={**dataclasses.asdict(audit), "line": audit.line},
+        audit=audit.record,
     )
     return record, audit
 
 
-def write_sidecar(typed: Typed, record: EngineRecord, subject: Subject, checkpoint_sha256: str, stage: Staging) -> None:
+def write_sidecar(typed: Typed, record: EngineRecord, batch: tuple[int, int, int], stage: Staging) -> None:
     """Writes ``<engine>.json`` beside the engine, and seals both."""
     stage.seal(typed.engine)
-    size, channels, classes = subject.request.size, subject.architecture.in_channels, subject.architecture.classes
-    manifest = Manifest(
+    manifest = manifest_from_build(
+        onnx_file_from_path(typed.onnx),
         name=typed.engine.name,
-        precision=typed.precision.name,
-        sha256={
-            "checkpoint": checkpoint_sha256,
-            "onnx": stage.sha256(typed.onnx),
-            "engine": stage.sha256(typed.engine),
-        },
+        sha256={"onnx": stage.sha256(typed.onnx), "engine": stage.sha256(typed.engine)},
         sdk={"name": record.sdk, "version": record.sdk_version},
-        compute_capabilities=record.compute_capabilities,
-        inputs=({"name": INPUT, "dtype": "float32", "shape": [BATCH, channels, *size]},),
-        outputs=({"name": OUTPUT, "dtype": "float32", "shape": [BATCH, classes]},),
-        profile={INPUT: tuple((batch, channels, *size) for batch in subject.request.batch)},
-        preprocessing=subject.preprocessing,
-        assumptions=subject.assumptions,
-        tolerance=typed.precision.gate.max_relative_error,
+        cards=record.compute_capabilities,
+        batch=batch,
         audit=record.audit,
-        golden=GOLDEN_NAME,
     )
     path = sidecar_path(typed.engine)
     write_whole(path, manifest.to_json().encode())

@@ -169,8 +169,7 @@ class TensorRT:
             stream: a handle as an ``int``, or a stream of PyTorch, CuPy, PyCUDA or cuda.core.
 
         Raises:
-            UsageError: names, dtypes, shapes, device or batch are not the engine's; the stream is recording a graph;
-                the engine was closed.
+            UsageError: an array or the batch does not fit, the stream is recording a graph, the engine was closed.
             DeviceFailed: a call of CUDA or TensorRT failed.
         """
         handle = stream_handle(stream)

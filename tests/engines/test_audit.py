@@ -306,6 +306,18 @@ def test_half_weights_on_a_wider_input_are_named(network, dtype):
     assert audit.problems[0].startswith("stage0.0/Conv: asked for float16, compiled with ")
 
 
+@pytest.mark.parametrize(("precision", "problems"), [("fp32", 1), ("fp16", 0)])
+def test_an_engine_that_may_round_float32_to_tf32_is_found_out(compiled, precision, problems):
+    network = compiled(PLAIN, precision)
+    plan = plan_from_file(network.engine)
+    assert not plan.tf32
+    allowed = plan_from_bytes(network.bytes.replace(b"\n  tf32=0\n", b"\n  tf32=1\n"), "allowed")
+    assert allowed.tf32
+    found = audit_of_plan(allowed, network.convolutions, network.matrices).problems
+    assert found == ("stage0.0/Conv: asked for float32, compiled with TF32 allowed; build it again",)[:problems]
+    assert audit_of_plan(plan, network.convolutions, network.matrices).problems == ()
+
+
 def test_a_convolution_that_no_kernel_computes_is_named(network):
     missing = ExpectedConvolution("stage5.0/Conv", "stage5.0/Relu", *(np.ones((1, 1, 3, 3)), np.ones(1)))
     audit = audit_of_file(network.engine, [*network.convolutions, missing], network.matrices)

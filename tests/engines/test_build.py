@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -22,11 +23,21 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines import compiler
-from engines.build import Build, CompilerProcess, build
-from engines.compiler import Request, engine_from_onnx
-from engines.errors import CompilerRefused, InputRejected, OutputFailed, ReportedError, SdkMissing
+from engines.build import Build, CompilerProcess, build, check_options
+from engines.compiler import Options, Request, engine_from_onnx
+from engines.errors import (
+    CompilerRefused,
+    InputRejected,
+    OutputFailed,
+    ReportedError,
+    SdkMissing,
+    UsageError,
+    VerificationFailed,
+)
+from engines.files import sha256_of
+from engines.integrity import checked_engine
 from engines.plan import header_from_file, plan_from_file
-from engines.sdk import Sdk
+from engines.sdk import SDKS, Sdk
 from tests.conftest import ROOT, run_process
 from tests.networks import Shape
 
@@ -101,7 +112,10 @@ def graph_of(*nodes, output=("N", 3, 4, 4), domain=""):
     image = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 3, 4, 4])
     result = helper.make_tensor_value_info("output", TensorProto.FLOAT, output)
     opsets = [helper.make_opsetid("", 17), *([helper.make_opsetid(domain, 1)] if domain else [])]
-    return helper.make_model(helper.make_graph(nodes, "graph", [image], [result]), opset_imports=opsets, ir_version=8)
+    model = helper.make_model(helper.make_graph(nodes, "graph", [image], [result]), opset_imports=opsets, ir_version=8)
+    assumptions = json.dumps({"mean": "0,0,0", "std": "1,1,1", "size": "4x4"})
+    helper.set_model_props(model, {"precision": "fp16", "checkpoint_sha256": "0" * 64, "assumptions": assumptions})
+    return model
 
 
 # --- the real compiler, when all is well
@@ -110,10 +124,12 @@ def graph_of(*nodes, output=("N", 3, 4, 4), domain=""):
 def test_a_build_makes_the_engine_and_says_how(typed, tmp_path):
     made = build(typed, tmp_path / "net.engine")
     assert isinstance(made, Build)
-    assert (made.engine, made.sdk, made.warnings) == (tmp_path / "net.engine", "tensorrt_rtx", ())
-    assert made.sdk_version == header_from_file(made.engine).version_text
+    assert (made.engine, made.sidecar) == (tmp_path / "net.engine", tmp_path / "net.engine.json")
+    assert made.manifest.sdk == {"name": "tensorrt_rtx", "version": header_from_file(made.engine).version_text}
+    assert made.warnings == ()
     assert 0 < made.seconds < 60
-    assert [path.name for path in tmp_path.iterdir()] == ["net.engine"]
+    assert made.audit.line == "7 of 7 convs in FP16, Conv+ReLU in one kernel each, all 8 weights bit-equal"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.engine", "net.engine.json"]
     assert [kernel.weight_dtype for kernel in plan_from_file(made.engine).convolutions] == ["float16"] * 7
 
 
@@ -176,7 +192,8 @@ def test_a_build_after_a_failed_one_is_byte_for_byte_the_one_before_it(compiled,
     with pytest.raises(CompilerRefused):
         build(compiled(PLAIN, "fp32").onnx, tmp_path / "turing.engine", gpu=(75,))
     assert build(typed, tmp_path / "after.engine").engine.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["after.engine", "before.engine"]
+    made = ["after.engine", "after.engine.json", "before.engine", "before.engine.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == made
 
 
 def test_a_build_that_is_given_up_leaves_no_process_and_no_file(typed, tmp_path, recorded):
@@ -272,20 +289,32 @@ def refused(model, tmp_path, **options):
     return message
 
 
-@pytest.mark.parametrize(
-    ("model", "said"),
-    [
-        pytest.param(b"no ONNX file, but text" * 50, "Failed to parse the ONNX model", id="garbage"),
-        pytest.param(b"", "Network must have at least one output", id="empty"),
-    ],
-)
-def test_a_file_that_is_no_onnx_is_refused_in_the_compilers_words(tmp_path, model, said):
-    assert said in refused(model, tmp_path)
-
-
-def test_an_onnx_file_cut_short_is_refused(typed, tmp_path):
+@pytest.mark.parametrize("kind", ["text", "empty", "cut short"])
+def test_a_file_that_is_no_onnx_is_rejected_before_anything_is_compiled(typed, tmp_path, monkeypatch, kind):
     content = typed.read_bytes()
-    assert "Failed to parse the ONNX model" in refused(content[: len(content) // 2], tmp_path)
+    path = tmp_path / "net.onnx"
+    path.write_bytes(
+        {"text": b"no ONNX file, but text" * 50, "empty": b"", "cut short": content[: len(content) // 2]}[kind]
+    )
+    monkeypatch.setattr(importlib.import_module("engines.build"), "CompilerProcess", pytest.fail)
+    with pytest.raises(InputRejected) as error:
+        build(path, tmp_path / "net.engine")
+    assert one_line(error).startswith(f"{path}: not a whole ONNX file (")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("key", ["precision", "checkpoint_sha256", "assumptions"])
+def test_a_graph_that_the_exporter_did_not_write_is_rejected_before_anything_is_compiled(
+    typed, tmp_path, monkeypatch, key
+):
+    model = onnx.load(typed)
+    kept = {entry.key: entry.value for entry in model.metadata_props if entry.key != key}
+    del model.metadata_props[:]
+    helper.set_model_props(model, kept)
+    onnx.save(model, tmp_path / "net.onnx")
+    monkeypatch.setattr(importlib.import_module("engines.build"), "CompilerProcess", pytest.fail)
+    with pytest.raises(InputRejected, match=f"its metadata has no {key}, so the exporter did not write it"):
+        build(tmp_path / "net.onnx", tmp_path / "net.engine")
 
 
 @pytest.mark.parametrize(
@@ -309,7 +338,7 @@ def test_float32_for_turing_is_refused_in_the_compilers_words_with_the_way_out(c
 def test_batches_out_of_order_are_not_blamed_on_the_driver(typed, tmp_path):
     with pytest.raises(ReportedError) as error:
         build(typed, tmp_path / "net.engine", batch=(8, 4, 2))
-    assert "asked for a GPU driver" not in one_line(error)
+    assert one_line(error).startswith("--batch: 8:4:2 is not MIN:OPT:MAX")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -508,6 +537,15 @@ class FullTensorRT:
     class NetworkDefinitionCreationFlag:
         STRONGLY_TYPED = 0
 
+    class BuilderFlag:
+        TF32, VERSION_COMPATIBLE = "TF32", "VERSION_COMPATIBLE"
+
+    class MemoryPoolType:
+        WORKSPACE = "WORKSPACE"
+
+    class HardwareCompatibilityLevel:
+        AMPERE_PLUS, SAME_COMPUTE_CAPABILITY = "ampere and later", "this capability"
+
     class Tensor:
         name, shape = "input", (-1, 3, 32, 32)
 
@@ -517,11 +555,46 @@ class FullTensorRT:
         def get_input(self, index):
             return FullTensorRT.Tensor()
 
+    class TimingCache:
+        def __init__(self, content):
+            self.content = content
+
+        def serialize(self):
+            return memoryview(self.content + b" and what this build measured")
+
     class Config:
-        __slots__ = ("profiles", "progress_monitor")  # as with the real one, no other attribute can be set
+        # As with the real one, no other attribute can be set.
+        __slots__ = (
+            "builder_optimization_level",
+            "flags",
+            "hardware_compatibility_level",
+            "limits",
+            "profiles",
+            "progress_monitor",
+            "timing_cache",
+        )
+
+        def __init__(self):
+            self.flags, self.limits, self.timing_cache = {"TF32"}, {}, None
 
         def add_optimization_profile(self, profile):
             self.profiles = [profile]
+
+        def set_flag(self, flag):
+            self.flags.add(flag)
+
+        def clear_flag(self, flag):
+            self.flags.remove(flag)
+
+        def set_memory_pool_limit(self, pool, size):
+            self.limits[pool] = size
+
+        def create_timing_cache(self, content):
+            return None if content == b"damaged" else FullTensorRT.TimingCache(content)
+
+        def set_timing_cache(self, cache, ignore_mismatch):
+            self.timing_cache = cache
+            return not ignore_mismatch and cache.content != b"of another GPU"
 
     class Profile:
         def set_shape(self, name, *shapes):
@@ -542,7 +615,7 @@ class FullTensorRT:
             return FullTensorRT.Profile()
 
         def build_serialized_network(self, network, config):
-            return (self.flags, config.profiles[0].shapes)
+            return (self.flags, config)
 
     class OnnxParser:
         def __init__(self, network, logger):
@@ -552,19 +625,226 @@ class FullTensorRT:
             return True
 
 
+def configured(cards=(), **options):
+    """The flags of the network and the configuration that full TensorRT is given, and the timing cache after it."""
+    request = Request("a.onnx", "a.engine", (1, 8, 32), cards, Options(**options))
+    compiled = engine_from_onnx(FullTensorRT, request, lambda message: None)
+    return *compiled.engine, compiled.timing_cache
+
+
 @pytest.mark.parametrize("cards", [(), (86,)])
 def test_full_tensorrt_builds_for_the_card_that_it_runs_on_even_if_that_card_is_named(cards):
-    flags, shapes = engine_from_onnx(
-        FullTensorRT, Request("a.onnx", "a.engine", (1, 8, 32), cards), lambda message: None
-    )
+    flags, config, cache = configured(cards)
     assert flags == 1  # strongly typed
-    assert shapes == {"input": ((1, 3, 32, 32), (8, 3, 32, 32), (32, 3, 32, 32))}
+    assert config.profiles[0].shapes == {"input": ((1, 3, 32, 32), (8, 3, 32, 32), (32, 3, 32, 32))}
+    assert (config.limits, config.timing_cache, cache) == ({}, None, b"")
+    assert not hasattr(config, "builder_optimization_level")
+    assert not hasattr(config, "hardware_compatibility_level")
+
+
+@pytest.mark.parametrize("options", [{}, {"version_compatible": True}])
+def test_tf32_is_never_left_on(options):
+    _, config, _ = configured(**options)
+    assert config.flags == ({"VERSION_COMPATIBLE"} if options else set())
+
+
+@pytest.mark.parametrize(
+    ("level", "given"), [("ampere_plus", "ampere and later"), ("same_compute_capability", "this capability")]
+)
+def test_full_tensorrt_is_given_every_option(level, given):
+    _, config, _ = configured(workspace=3, hardware_compatibility=level, optimization_level=0)
+    assert config.limits == {"WORKSPACE": 3 * 2**20}
+    assert config.hardware_compatibility_level == given
+    assert config.builder_optimization_level == 0
+
+
+def test_a_timing_cache_starts_empty_or_with_what_is_in_its_file(tmp_path):
+    path = tmp_path / "kernels.cache"
+    assert configured(timing_cache=str(path))[2] == b" and what this build measured"
+    path.write_bytes(b"measured earlier")
+    _, config, cache = configured(timing_cache=str(path))
+    assert config.timing_cache.content == b"measured earlier"
+    assert cache == b"measured earlier and what this build measured"
+
+
+@pytest.mark.parametrize("content", [b"damaged", b"of another GPU"])
+def test_a_timing_cache_that_does_not_fit_is_refused_and_not_ignored(tmp_path, content):
+    path = tmp_path / "kernels.cache"
+    path.write_bytes(content)
+    with pytest.raises(compiler.Refusal, match=r"kernels\.cache is damaged, or of another version or GPU; remove it"):
+        configured(timing_cache=str(path))
+    assert path.read_bytes() == content
+
+
+BUILDS_AN_ENGINE = """
+FullTensorRT.Builder.build_serialized_network = lambda *arguments: b"an engine"
+__version__ = "11.4.0.106"
+
+def __getattr__(name):
+    return getattr(FullTensorRT, name)
+"""
+
+
+@pytest.fixture
+def with_cache(module):
+    """A compiler process of the stand-in for full TensorRT; its answer to a request with that timing cache."""
+    sdk = module(inspect.getsource(FullTensorRT) + BUILDS_AN_ENGINE)
+
+    def ask(engine, cache):
+        with CompilerProcess(sdk) as process:
+            process.submit(Request("a.onnx", str(engine), (1, 8, 32), (), Options(timing_cache=str(cache))))
+            return process.result()
+
+    return ask
+
+
+def test_the_timing_cache_is_written_back_beside_an_engine_that_was_made(with_cache, tmp_path):
+    cache = tmp_path / "kernels.cache"
+    for before in (b"", b" and what this build measured"):
+        made = with_cache(tmp_path / "net.engine", cache)
+        assert (made.sdk_version, made.engine.read_bytes()) == ("11.4.0.106", b"an engine")
+        assert cache.read_bytes() == before + b" and what this build measured"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kernels.cache", "modules", "net.engine"]
+
+
+def test_a_timing_cache_that_cannot_be_written_is_named(with_cache, tmp_path):
+    cache = tmp_path / "missing" / "kernels.cache"
+    with pytest.raises(OutputFailed) as error:
+        with_cache(tmp_path / "net.engine", cache)
+    assert one_line(error) == (
+        f"{cache}: cannot be written (No such file or directory); "
+        f"give --timing-cache a file that can be written, or leave it out"
+    )
 
 
 def test_a_request_survives_its_json():
-    request = Request("a b.onnx", "ä.engine", (1, 8, 32), (86, 89))
-    line = json.dumps({"onnx": "a b.onnx", "engine": "ä.engine", "batch": [1, 8, 32], "cards": [86, 89]})
-    assert Request.from_json(line) == request
+    for options in (Options(), Options(4096, "t.cache", version_compatible=True, optimization_level=5)):
+        request = Request("a b.onnx", "ä.engine", (1, 8, 32), (86, 89), options)
+        assert Request.from_json(json.dumps(dataclasses.asdict(request))) == request
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"timing_cache": "t.cache"}, "--timing-cache: not for TensorRT for RTX: it has none"),
+        ({"version_compatible": True}, "--version-compatible: not for TensorRT for RTX: its engines run in the very"),
+        ({"hardware_compatibility": "ampere_plus"}, "--hardware-compatibility: not for TensorRT for RTX: it takes no"),
+    ],
+)
+def test_what_tensorrt_for_rtx_would_ignore_is_refused_there_and_only_there(typed, tmp_path, monkeypatch, option, said):
+    monkeypatch.setattr(importlib.import_module("engines.build"), "CompilerProcess", pytest.fail)
+    with pytest.raises(UsageError) as error:
+        build(typed, tmp_path / "net.engine", options=Options(**option))
+    assert one_line(error).startswith(said)
+    assert one_line(error).endswith("; leave it out, or build with --sdk tensorrt")
+    full, rtx = SDKS
+    check_options(full, Options(**option))
+    check_options(rtx, Options(workspace=1024, optimization_level=5))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"workspace": 0}, "--workspace: 0 MiB is outside 1 to 1048576"),
+        ({"workspace": 2**20 + 1}, "--workspace: 1048577 MiB is outside"),
+        ({"hardware_compatibility": "none"}, "choose from ampere_plus, same_compute_capability"),
+        ({"optimization_level": 6}, "--optimization-level: 6 is outside 0 to 5"),
+        ({"optimization_level": -1}, "--optimization-level: -1 is outside 0 to 5"),
+        ({"timing_cache": "."}, "--timing-cache .: a directory; name a file"),
+    ],
+)
+def test_an_option_that_no_sdk_takes_is_a_usage_error(option, said):
+    with pytest.raises(UsageError) as error:
+        Options(**option)
+    assert said in one_line(error)
+
+
+def test_a_workspace_that_is_too_small_is_refused_with_the_way_out(typed, tmp_path):
+    message = refused(typed.read_bytes(), tmp_path, options=Options(workspace=1))
+    assert "workspace limit" in message
+    assert message.endswith(
+        "[the compiler found no kernel within its memory limit: free memory, or give a larger --workspace]"
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_real_compiler_is_told_not_to_round_float32_to_tf32(compiled, tmp_path, monkeypatch, precision):
+    """The plan's program says so itself: tf32=0, where the compiler's default gives tf32=1."""
+    import tensorrt_rtx
+
+    def setting(options):
+        monkeypatch.setattr(compiler, "_set_options", options)
+        request = Request(str(compiled(PLAIN, precision).onnx), "", (1, 8, 32), (86,))
+        engine = bytes(engine_from_onnx(tensorrt_rtx, request, lambda message: None).engine)
+        return re.findall(rb"\n  tf32=(\d)\n", engine)
+
+    assert setting(compiler._set_options) == [b"0"]
+    assert setting(lambda *arguments: None) == [b"1"]
+
+
+# --- the engine and its sidecar
+
+
+def test_the_sidecar_is_accepted_by_the_checks_of_an_engine(typed, tmp_path):
+    made = build(typed, tmp_path / "net.engine", gpu=(86,), batch=(2, 4, 16))
+    header, manifest = checked_engine(made.engine)
+    assert manifest.to_json() == made.manifest.to_json()
+    assert manifest.compute_capabilities == header.compute_capabilities == (86,)
+    assert manifest.profile == {"input": tuple((batch, 3, 32, 32) for batch in (2, 4, 16))}
+    assert manifest.sha256["onnx"] == sha256_of(typed)
+
+
+@pytest.fixture
+def mixed_up(compiled, monkeypatch):
+    """Has the compiler compile another network than it was asked to."""
+    other = compiled(PLAIN, seed=2).onnx
+    submit = CompilerProcess.submit
+    swap = lambda process, request: submit(process, dataclasses.replace(request, onnx=str(other)))  # noqa: E731
+    monkeypatch.setattr(CompilerProcess, "submit", swap)
+
+
+def test_an_engine_of_other_weights_is_rejected_and_kept_and_the_older_one_stays(typed, tmp_path, mixed_up):
+    target = tmp_path / "net.engine"
+    target.write_bytes(b"an older engine")
+    with pytest.raises(VerificationFailed) as error:
+        build(typed, target)
+    message = one_line(error)
+    assert message.startswith(f"{target}: engine audit: stage0.0/Conv: its weights do not stand in the engine")
+    assert message.endswith("kept as net.engine.rejected, do not use it")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.engine", "net.engine.rejected"]
+    assert target.read_bytes() == b"an older engine"
+    assert header_from_file(tmp_path / "net.engine.rejected").sdk == "tensorrt_rtx"
+
+
+def test_a_sidecar_that_cannot_be_placed_takes_the_engine_back(typed, tmp_path):
+    target = tmp_path / "net.engine"
+    target.write_bytes(b"an older engine")
+    (tmp_path / "net.engine.json").mkdir()
+    with pytest.raises(OutputFailed, match=r"net\.engine\.json: cannot be written"):
+        build(typed, target)
+    assert target.read_bytes() == b"an older engine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.engine", "net.engine.json"]
+
+
+@pytest.mark.parametrize(
+    ("onnx_name", "options", "said"),
+    [
+        ("net.engine", {}, "--out would take the place of the ONNX file"),
+        ("net.engine.json", {}, "the sidecar would take the place of the ONNX file"),
+        ("net.onnx", {"timing_cache": "net.onnx"}, "--timing-cache would take the place of the ONNX file"),
+        ("net.onnx", {"timing_cache": "net.engine"}, "--timing-cache would take the place of --out"),
+    ],
+)
+def test_nothing_takes_the_place_of_another_file_of_the_build(typed, tmp_path, monkeypatch, onnx_name, options, said):
+    monkeypatch.chdir(tmp_path)
+    content = typed.read_bytes()
+    (tmp_path / onnx_name).write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        build(onnx_name, tmp_path / "net.engine", options=Options(**options))
+    assert (tmp_path / onnx_name).read_bytes() == content
 
 
 def test_a_path_with_spaces_and_other_letters_is_built(typed, tmp_path):
@@ -572,7 +852,7 @@ def test_a_path_with_spaces_and_other_letters_is_built(typed, tmp_path):
     folder.mkdir()
     (folder / "a b.onnx").write_bytes(typed.read_bytes())
     build(folder / "a b.onnx", folder / "a b.engine")
-    assert sorted(path.name for path in folder.iterdir()) == ["a b.engine", "a b.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a b.engine", "a b.engine.json", "a b.onnx"]
 
 
 def test_an_onnx_file_with_external_data_is_built(typed, tmp_path):

@@ -391,7 +391,7 @@ def no_links(_source, _target):
 
 
 def test_a_file_system_without_links_is_no_obstacle(out, monkeypatch):
-    monkeypatch.setattr("exporter.staging.os.link", no_links)
+    monkeypatch.setattr("engines.replacement.os.link", no_links)
     run(out, "a.onnx", text="old")
     run(out, "a.onnx", text="new")
     assert (out / "a.onnx").read_text() == "new"
@@ -399,7 +399,7 @@ def test_a_file_system_without_links_is_no_obstacle(out, monkeypatch):
 
 
 def test_without_links_a_directory_in_the_place_of_a_file_stays(out, monkeypatch):
-    monkeypatch.setattr("exporter.staging.os.link", no_links)
+    monkeypatch.setattr("engines.replacement.os.link", no_links)
     (out / "b.onnx").mkdir(parents=True)
     (out / "b.onnx" / "mine").write_text("mine")
     run_before = tree(out)

@@ -1,0 +1,150 @@
+"""A machine with a GPU and an SDK, pretended: the fakes in the places of the real modules, and engines for them."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import pathlib
+import sys
+
+import cuda.bindings
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.backends import tensorrt as backend_module
+from engines.manifest import Manifest, sidecar_path
+from tests.engines.fake_cuda import FakeCuda, Journal
+from tests.engines.fake_tensorrt import FakeTensorRT, engine_bytes, session_of
+from tests.engines.sdk_bindings import RTX, bindings_of
+
+BATCH = (2, 4, 6)
+CLASSES, SIZE = 5, 8
+INPUT = ("N", 3, SIZE, SIZE)
+
+
+def small_onnx() -> bytes:
+    """Conv, Relu, mean, Gemm and a second output; random weights, so that no row or channel equals another."""
+    generator = np.random.default_rng(3)
+    weights = {
+        "w": generator.normal(size=(4, 3, 3, 3)),
+        "b": generator.normal(size=4),
+        "m": generator.normal(size=(4, CLASSES)),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("Conv", ["input", "w", "b"], ["c"], pads=[1, 1, 1, 1]),
+            helper.make_node("Relu", ["c"], ["r"]),
+            helper.make_node("ReduceMean", ["r"], ["features"], axes=[2, 3], keepdims=0),
+            helper.make_node("MatMul", ["features", "m"], ["output"]),
+        ],
+        "small",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, INPUT)],
+        [
+            helper.make_tensor_value_info("output", TensorProto.FLOAT, ("N", CLASSES)),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, ("N", 4)),
+        ],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+ONNX = small_onnx()
+
+
+def images(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, *INPUT[1:])).astype(np.float32)
+
+
+def answers(feeds: np.ndarray) -> dict[str, np.ndarray]:
+    """ONNX Runtime's own."""
+    session = session_of(ONNX)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"input": feeds}), strict=True))
+
+
+def assert_answers(found: dict[str, np.ndarray], feeds: np.ndarray) -> None:
+    expected = answers(feeds)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6)
+
+
+@dataclasses.dataclass
+class FakeMachine:
+    """The fakes of one test, and the directory of its engines."""
+
+    sdk: str
+    version: str
+    journal: Journal
+    cuda: FakeCuda
+    trt: FakeTensorRT
+    folder: pathlib.Path
+
+    @property
+    def names(self) -> list[str]:
+        return self.journal.names()
+
+    def engine(
+        self,
+        name: str = "small.fp16.engine",
+        *,
+        batch: tuple[int, int, int] = BATCH,
+        version: str | None = None,
+        cards: tuple[int, ...] = (80, 86, 89, 120, 121),
+        **changes: object,
+    ) -> pathlib.Path:
+        """An engine with its sidecar."""
+        path = self.folder / name
+        content = engine_bytes(ONNX, self.sdk, version or self.version, batch)
+        path.write_bytes(content)
+        shape = list(INPUT[1:])
+        manifest = Manifest(
+            name=path.name,
+            precision="fp16",
+            sha256={
+                "checkpoint": "0" * 64,
+                "onnx": hashlib.sha256(ONNX).hexdigest(),
+                "engine": hashlib.sha256(content).hexdigest(),
+            },
+            sdk={"name": self.sdk, "version": version or self.version},
+            compute_capabilities=cards,
+            inputs=({"name": "input", "dtype": "float32", "shape": ["N", *shape]},),
+            outputs=(
+                {"name": "output", "dtype": "float32", "shape": ["N", CLASSES]},
+                {"name": "features", "dtype": "float32", "shape": ["N", 4]},
+            ),
+            profile={"input": tuple((rows, *shape) for rows in batch)},
+            preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "size": [SIZE, SIZE], "channels": 3},
+            assumptions={},
+            tolerance=5e-3,
+            audit={"audited": False, "line": "not audited", "problems": []},
+            golden="golden.npz",
+        )
+        sidecar_path(path).write_text(dataclasses.replace(manifest, **changes).to_json())
+        return path
+
+    def assert_nothing_left(self) -> None:
+        """Every allocation freed, every object of the SDK gone, and nothing done that a real GPU would punish."""
+        if self.trt._alive:
+            gc.collect()
+        assert self.cuda.live() == {}
+        assert [type(thing).__name__ for thing in self.trt._alive] == []
+        assert self.journal.violations == []
+
+
+def fake_machine(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, version: str = RTX) -> FakeMachine:
+    """Puts the fakes in the places of the SDK, of cuda-bindings and of the driver."""
+    sdk = "tensorrt_rtx" if version == RTX else "tensorrt"
+    journal = Journal()
+    fake_cuda = FakeCuda(journal)
+    trt = FakeTensorRT(bindings_of(version), journal, fake_cuda)
+    monkeypatch.setitem(sys.modules, sdk, trt)
+    monkeypatch.setattr(cuda.bindings, "runtime", fake_cuda)
+    monkeypatch.setattr(backend_module, "gpu_compute_capability", lambda: 86)
+    return FakeMachine(sdk, version, journal, fake_cuda, trt, folder)

@@ -1,0 +1,68 @@
+"""Tests that need a GPU. Without ``--gpu`` they are reported as not run; with it, a machine without one fails them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import pytest
+
+from engines.sdk import SDKS, gpu_compute_capability, is_installed
+
+HERE = pathlib.Path(__file__).resolve().parent
+PRECISIONS = ("fp32", "fp16")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu"):
+        return
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker(pytest.mark.skip(reason="not run: needs a GPU; make test-gpu runs it"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if gpu_compute_capability() is None:
+        pytest.fail("--gpu was given and no GPU answers here; check with nvidia-smi", pytrace=False)
+    if not any(is_installed(sdk) for sdk in SDKS):
+        pytest.fail("--gpu was given and neither TensorRT is installed here; pip install 'repvgg-exporter[rtx]'")
+
+
+def pytest_generate_tests(metafunc):
+    if "engine" in metafunc.fixturenames:
+        installed = [sdk.module for sdk in SDKS if is_installed(sdk)] or ["no SDK"]
+        cases = [(sdk, precision) for sdk in installed for precision in PRECISIONS]
+        metafunc.parametrize("engine", cases, indirect=True, ids="-".join)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """An engine for this GPU, built by the SDK that the test is for."""
+
+    path: pathlib.Path
+    precision: str
+
+
+@pytest.fixture(scope="session")
+def engine(request, tmp_path_factory):
+    """The shipped network, exported and compiled for the GPU that is here; None where there is none."""
+    sdk, precision = request.param
+    capability = gpu_compute_capability()
+    if capability is None:
+        return None  # the test says so itself
+    import exporter
+    from tests.conftest import EXAMPLES
+
+    out = tmp_path_factory.mktemp(f"{sdk}-{precision}")
+    exporter.export(
+        EXAMPLES / "fashion.pt",
+        out,
+        trt=(precision,),
+        size=28,
+        batch=(2, 8, 16),
+        calibration=EXAMPLES / "fashion_calibration.npz",
+        sdk=sdk,
+        gpu=(capability,),
+    )
+    return Exported(out / f"fashion.{precision}.engine", precision)
