@@ -188,9 +188,7 @@ def _explanation(
         return "your outputs fit other rows of the input: input and output are not in the same order"
     nothing = f"nothing else fits ({tried} epsilons, strides, orders and functions were tried)"
     if float(np.abs(reference - expectation.outputs).max()) <= REDUCED_PRECISION * float(np.abs(reference).max()):
-        return (
-            f"{nothing}; float16, bfloat16 or TF32 may do this: make the file in float32 on a CPU"
-        )
+        return f"{nothing}; float16, bfloat16 or TF32 may do this: make the file in float32 on a CPU"
     return f"{nothing}; are these the weights of the model that made {expectation.source}?"
 
 

@@ -52,6 +52,8 @@ from exporter.model import block_output, block_tensors, branch_sum
 
 CLEAR_DRIFT, CLEAR_SPREAD = 0.075, 0.15
 WRONG_DRIFT, WRONG_SPREAD = 0.4, 0.5
+GROSS_DRIFT = 10.0
+"""Wrong with any number of images: pixels of 0 to 255 give 60 and more, single images of the right kind up to 3."""
 CLEAR_DISAGREEMENT, WRONG_DISAGREEMENT = 0.05, 0.25
 CHANCE_FACTOR = 1.5
 FEWEST_IMAGES = 32
@@ -248,10 +250,12 @@ def _verdict(
         *(one.block for one in agreements if _number(one.disagreement) > CLEAR_DISAGREEMENT),
     ]
     first = departures[0] if departures else None
-    if drift > WRONG_DRIFT or spread > WRONG_SPREAD or disagreement > WRONG_DISAGREEMENT:
+    if disagreement > WRONG_DISAGREEMENT or drift > GROSS_DRIFT:
         return WRONG, first
     if images < FEWEST_IMAGES:
         return UNAVAILABLE if disagreement <= CLEAR_DISAGREEMENT else SUSPICIOUS, first
+    if drift > WRONG_DRIFT or spread > WRONG_SPREAD:
+        return WRONG, first
     return SUSPICIOUS if departures else CLEAR, first
 
 

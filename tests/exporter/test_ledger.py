@@ -19,7 +19,7 @@ from exporter.ledger import (
     whole_stage,
 )
 from exporter.lineages import canonical_from_raw, lineage_from_names
-from exporter.measured import Measured, at_least, fixed
+from exporter.measured import WIDEST_GATE, Measured, at_least, fixed
 from exporter.reference import Reference
 from exporter.workload import multiply_accumulates
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
@@ -141,10 +141,12 @@ def test_a_mix_up_fails_also_where_the_answers_are_nearer_to_each_other_than_the
         return 1000.0 * np.array([[1.0, 0.5, -1.0]]) + run(batch) / 1e3 + 1e-5
 
     found = Measured(Reference(IMAGES, alike(IMAGES), {}), 0)
-    assert found.check("s", "t", lambda: lambda batch: alike(batch) + 1e-5, fixed(GATE)).passed
-    check = found.check("s", "t", lambda: mixed, fixed(GATE))
-    assert not check.passed
-    assert "is nearer to that of another image: rows are mixed up, or all alike" in check.detail
+    right = found.check("s", "t", lambda: lambda batch: alike(batch) + 1e-5, fixed(GATE))
+    assert right.passed is None
+    assert right.detail.startswith("undecided: a constant answer would pass, too; give real images; relative error")
+    wrong = found.check("s", "t", lambda: mixed, fixed(GATE))
+    assert wrong.passed is False
+    assert "is nearer to that of another image: rows are mixed up, or all alike" in wrong.detail
 
 
 def test_a_graph_that_mixes_up_only_the_largest_batch_fails():
@@ -195,17 +197,25 @@ def test_the_gate_decides(factor, passes):
 
 def test_float32_has_the_wider_gate_only_where_the_training_network_loses_as_much():
     asked = []
+    gate = Gate(max_relative_error=5e-6, top1=True)
 
     def loss(value):
         return lambda: asked.append(value) or value
 
-    run = lambda batch: outputs_of(batch) * 1.002  # noqa: E731
-    judged = [measured().check("s", "t", lambda: run, at_least(GATE, loss(value), 4.0)) for value in (1e-4, 1e-3)]
+    run = lambda batch: outputs_of(batch) * 1.00002  # noqa: E731
+    judged = [measured().check("s", "t", lambda: run, at_least(gate, loss(value), 4.0)) for value in (1e-6, 1e-5)]
     assert [found.passed for found in judged] == [False, True]
-    assert [found.gate for found in judged] == [1e-3, 4e-3]
-    assert asked == [1e-4, 1e-3]
-    assert measured().check("s", "t", lambda: outputs_of, at_least(GATE, loss(1.0), 4.0)).gate == 1e-3
-    assert asked == [1e-4, 1e-3]
+    assert [found.gate for found in judged] == [5e-6, 4e-5]
+    assert asked == [1e-6, 1e-5]
+    assert measured().check("s", "t", lambda: outputs_of, at_least(gate, loss(1.0), 4.0)).gate == 5e-6
+    assert asked == [1e-6, 1e-5]
+
+
+@pytest.mark.parametrize(("loss", "gate"), [(0.2, WIDEST_GATE), (math.inf, 5e-6), (math.nan, 5e-6)])
+def test_no_loss_makes_the_gate_wide_enough_for_a_wrong_answer(loss, gate):
+    judge = at_least(Gate(max_relative_error=5e-6, top1=True), lambda: loss, 4.0)
+    found = measured().check("s", "t", lambda: lambda batch: outputs_of(batch) * 1.01, judge)
+    assert (found.passed, found.gate) == (False, gate)
 
 
 def test_a_nan_is_given_no_wider_gate():
