@@ -1,4 +1,4 @@
-"""Writes what ``--expect`` and ``engines run`` are shown with: the trained network's own answers, an image, class names.
+"""Writes what ``--expect`` and ``engines run`` are shown with: the trained network's answers, an image, class names.
 
     python examples/expect_fashion.py
 

@@ -36,8 +36,8 @@ from exporter.errors import InputRejected, first_line
 from exporter.measured import FLOAT32_LOSS_FACTOR
 from exporter.model import block_output, block_tensors, branch_sum, head_output, logits
 from exporter.plain import relative_error
-from exporter.proposals import stride_choices, with_strides
 from exporter.report import Check
+from exporter.strides import stride_choices, with_strides
 from exporter.witness import branch_outputs
 from exporter.workload import multiply_accumulates
 

@@ -46,6 +46,6 @@ def noise_images(channels: int, size: tuple[int, int]) -> NDArray[np.float32]:
     generator = np.random.Generator(np.random.PCG64(SEED))
     noise = generator.standard_normal((GOLDEN_IMAGES, channels, *size), dtype=np.float32)
     strengths = np.linspace(0.25, 1.0, GOLDEN_IMAGES, dtype=np.float32)[:, None, None, None]
-    levels = np.linspace(-1.5, 1.5, GOLDEN_IMAGES, dtype=np.float32)
+    levels = np.linspace(-1.0, 1.0, GOLDEN_IMAGES, dtype=np.float32)
     colours = np.stack([np.roll(levels, channel) for channel in range(channels)], axis=1)[:, :, None, None]
     return noise * strengths + colours

@@ -7,6 +7,7 @@ stride, epsilon or normalisation. The statistics in the batch norms were taken f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from exporter.expectation import expectation_check
 from exporter.inputs import Inputs
 from exporter.proposals import proposal_from_images
 from exporter.report import Check
-from exporter.witness import CLEAR, UNAVAILABLE, WRONG, witness_from_images
+from exporter.witness import CLEAR, CLEAR_DISAGREEMENT, UNAVAILABLE, WRONG, witness_from_images
 
 IMAGES = 128
 IMAGES_AT_ONCE = 32
@@ -37,8 +38,8 @@ def witness_from_inputs(
 ) -> tuple[list[Check], dict[str, Any] | None]:
     """Runs the first IMAGES real images, where there are any, through the training-time network.
 
-    It fails where other assumptions fit, and clearly better. Images that no assumption makes familiar may be of another
-    kind than those of the training: that is told, and not judged, as everything is with ``ignored``.
+    It fails where the batch norms do not know the images, or know them clearly better under other assumptions. Where
+    the branches contradict each other, they were never trained together and judge nothing; nor with ``ignored``.
 
     Returns:
         The check, and the report's ``witness``.
@@ -51,9 +52,11 @@ def witness_from_inputs(
     if witness.verdict in (CLEAR, UNAVAILABLE):
         passed = None if witness.verdict == UNAVAILABLE else True
         return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": None}
-    images = next(dataset.raw(IMAGES, IMAGES))
+    images = next(dataset.raw(IMAGES, IMAGES)).copy()
     proposal = proposal_from_images(architecture, tensors, images, dataset.normalise)
-    failed = proposal.found and proposal.drift_after <= FITS
+    disagreement = max((agreement.disagreement for agreement in witness.agreements), default=math.inf)
+    unknown = witness.verdict == WRONG and disagreement <= CLEAR_DISAGREEMENT
+    failed = unknown or (proposal.found and proposal.drift_after <= FITS)
     detail += f"; {proposal.line}"
     if failed:
         detail += " (ignored, as --ignore-witness says)" if ignored else " (--ignore-witness lets it pass)"

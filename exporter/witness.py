@@ -53,7 +53,7 @@ from exporter.model import block_output, block_tensors, branch_sum
 CLEAR_DRIFT, CLEAR_SPREAD = 0.075, 0.15
 WRONG_DRIFT, WRONG_SPREAD = 0.4, 0.5
 GROSS_DRIFT = 10.0
-"""Wrong with any number of images: pixels of 0 to 255 give 60 and more, single images of the right kind up to 3."""
+"""Wrong with any number of images: pixels of 0 to 255 give 44 and more, single images of the right kind up to 1.5."""
 CLEAR_DISAGREEMENT, WRONG_DISAGREEMENT = 0.05, 0.25
 CHANCE_FACTOR = 1.5
 FEWEST_IMAGES = 32

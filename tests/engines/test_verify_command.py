@@ -207,9 +207,8 @@ def one_less(weight):
     return weight
 
 
-def ten_less(weight):
-    weight.flat[weight.size // 2] -= 10
-    return weight
+def negated(weight):
+    return -weight
 
 
 def a_nan(weight):
@@ -270,7 +269,7 @@ FAULTS = {
     "another graph beside the engine": (graph_of_another_precision, {"report.json, listed", f"{ENGINE}, audit"}),
     "a wrong weight, listed": (in_weights(FP32, one_less), {f"{FP32}, run"}),
     "a NaN weight, listed": (in_weights(FP32, a_nan), {f"{FP32}, run"}),
-    "a wrong weight in the typed graph, listed": (in_weights(FP16, ten_less), {f"{FP16}, run", f"{ENGINE}, audit"}),
+    "a wrong weight in the typed graph, listed": (in_weights(FP16, negated), {f"{FP16}, run", f"{ENGINE}, audit"}),
     "missing golden vectors": (
         remove("golden.npz"),
         {"report.json, listed", "golden.npz, golden", f"{FP16}, run", f"{FP32}, run"},
@@ -330,10 +329,8 @@ def test_an_engine_that_computes_something_else_on_its_card_fails(engines_comman
 @pytest.fixture
 def alike(fashion):
     """The export with golden images that hardly differ: their answers are within the gate of half precision."""
-    with np.load(fashion / "golden.npz") as archive:
-        image, noise = archive["input"][:1], archive["input"]
-    noise = np.random.default_rng(0).standard_normal(noise.shape)
-    images = (image + np.float32(0.001) * noise).astype(np.float32)
+    noise = np.random.default_rng(26).standard_normal((5, 1, 28, 28))
+    images = (noise[:1] + 0.0025 * noise[1:]).astype(np.float32)
     with load(fashion / FP32) as runner:
         outputs = runner.run({"input": images})["output"].astype(np.float64)
     np.savez(fashion / "golden.npz", input=images, output=outputs)

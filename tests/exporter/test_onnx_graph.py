@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from exporter.architecture import architecture_from_tensors
 from exporter.contract import contract_problems, expected_counts, operation_counts
 from exporter.errors import InputRejected
+from exporter.images import noise_images
 from exporter.lineages import LINEAGES, canonical_from_raw
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import (
@@ -26,7 +27,6 @@ from exporter.onnx_graph import (
     weights_from_plain,
     with_initializers,
 )
-from exporter.images import noise_images
 from exporter.plain import plain_from_repvgg
 from tests.networks import NaiveRepVGG, Shape
 
