@@ -11,7 +11,7 @@ differ, the assumptions are varied one after the other until one explains them, 
     softmax and the like  a function of the logits
     order of the rows     the outputs of other images of the file
 
-A second assumption is varied on top of the first that brings the outputs most of the way. The arithmetic of that search
+A second assumption is varied on top of the first that brings the outputs half of the way. The arithmetic of that search
 is float32; what fits is confirmed in float64.
 """
 
@@ -50,7 +50,7 @@ LARGEST_COUNT = 256
 TRIED_IMAGES = 8
 REDUCED_PRECISION = 2e-2
 """Below this an unexplained difference may come from float16, bfloat16 or TF32."""
-MOST_OF_THE_WAY = 0.1
+HALF_OF_THE_WAY = 0.5
 """What is left of the error where another assumption is varied on top of the first."""
 SEARCH_GATE = 5e-5
 """What the search's float32 may lose. The nearest wrong epsilon gives 8e-5, and float64 has the last word."""
@@ -182,7 +182,7 @@ def _explanation(
             exact = nearest.error(tensors, expectation, torch.float64, count)
             if exact <= gate.max_relative_error:
                 return f"your outputs fit {' and '.join(nearest.words)} to {exact:.0e}"
-        if nearest is begin or error > MOST_OF_THE_WAY * begin_error:
+        if nearest is begin or error > HALF_OF_THE_WAY * begin_error:
             break
     if _rows_are_mixed_up(reference, expectation.outputs):
         return "your outputs fit other rows of the input: input and output are not in the same order"

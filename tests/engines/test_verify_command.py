@@ -453,3 +453,24 @@ def test_a_graph_that_was_written_again_is_not_the_one_that_was_compiled(engines
     assert lines_of(outcome)["FAIL", f"{ENGINE}, audit"] == (
         f"{FP16} beside it is not the graph that it was compiled from"
     )
+
+
+def test_an_engine_that_was_built_again_from_the_listed_graph_is_no_failure(engines_command, fashion):
+    assert engines_command("build", fashion / FP16, "--gpu", "sm86").code == 0
+    outcome = engines_command("verify", fashion, "--static")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert f"built again since, from the listed graph: {ENGINE}" in lines_of(outcome)["ok", "report.json, listed"]
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [in_sidecar(tolerance=0.5), in_weights(FP16, negated), cut_short(ENGINE)],
+    ids=["tolerance", "graph", "cut"],
+)
+def test_an_engine_that_was_built_again_and_changed_fails(engines_command, fashion, plant, monkeypatch):
+    assert engines_command("build", fashion / FP16, "--gpu", "sm86").code == 0
+    monkeypatch.setattr(f"{__name__}.listed_again", lambda folder: None)
+    plant(fashion)
+    outcome = engines_command("verify", fashion, "--static")
+    assert outcome.code == 1
+    assert any(mark == "FAIL" for mark, _ in lines_of(outcome))
