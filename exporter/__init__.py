@@ -78,8 +78,8 @@ def export(
         VerificationFailed: a check failed; what was written is kept as ``*.rejected``.
         ReportedError: the other kinds in ``exporter.errors``; nothing is left behind.
     """
+    from engines.interrupts import Uninterrupted
     from exporter.errors import VerificationFailed
-    from exporter.interrupts import Uninterrupted
     from exporter.request import Request
     from exporter.run import report_from_request
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
 import pathlib
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from engines.console import Parser, exit_code_of
+from engines.interrupts import Interrupts
 from exporter.errors import (
-    INTERRUPTED_EXIT_CODE,
     OutputFailed,
     ReportedError,
     UsageError,
     VerificationFailed,
-    first_line,
 )
-from exporter.interrupts import Interrupts
 from exporter.request import (
     PRECISION_NAMES,
     Request,
@@ -43,18 +40,11 @@ Exports a trained RepVGG to ONNX and TensorRT, and proves that what was written 
   python -m exporter model.pt --onnx --trt fp16      and an FP16 engine, built without a GPU where need be
 """
 
+MEMORY_HINT = "choose a smaller --size"
 EPILOG = """\
 exit codes: 0 done and verified; 1 a check failed (files kept as *.rejected); 2 usage; 3 the checkpoint or data cannot
 be used; 4 a needed SDK or GPU is missing, or the compiler refused; 5 output could not be written; 130 interrupted
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Whose errors are raised, as every other error is."""
-
-    def error(self, message: str) -> Any:
-        """Raises ``UsageError``."""
-        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 def _parser() -> Parser:
@@ -250,42 +240,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Without ``argv`` it is the whole process, and takes its signals over for good.
     """
-    return exit_code_of(_parser(), _run, argv)
-
-
-def exit_code_of(
-    parser: Parser, run: Callable[[argparse.Namespace, Interrupts], int], argv: Sequence[str] | None
-) -> int:
-    """Parses ``argv``, calls ``run``, and turns what it raises into one line on stderr and an exit code."""
-    interrupts = Interrupts()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show is no reason to fail
-    debug = "--debug" in (sys.argv if argv is None else argv)
-    try:
-        code = run(parser.parse_args(argv), interrupts)
-        sys.stdout.flush()
-        return code
-    except ReportedError as error:
-        return _failed(str(error), error.exit_code, debug=debug)
-    except KeyboardInterrupt:
-        return _failed("interrupted; nothing was written", INTERRUPTED_EXIT_CODE, debug=debug)
-    except OSError as error:
-        # Every other file's errors were given its name on the way.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
-        return _failed(f"standard output: cannot be written ({first_line(error)})", 5, debug=debug)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        return _failed(f"out of memory ({first_line(error)}); choose a smaller --size", 3, debug=debug)
-    finally:
-        if argv is not None:
-            interrupts.give_back()
-
-
-def _failed(message: str, code: int, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
-    return code
+    return exit_code_of(_parser, _run, argv, memory_hint=MEMORY_HINT)

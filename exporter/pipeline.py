@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from engines.build import Progress
 from engines.files import reported_write_errors, sha256_of, write_whole
+from engines.interrupts import Uninterrupted
 from exporter import checks
 from exporter.accuracy import BASELINE, accuracy_from_labels
 from exporter.architecture import Architecture
@@ -37,7 +38,6 @@ from exporter.description import Subject
 from exporter.findings import Findings, Notify
 from exporter.images import normalisation
 from exporter.inputs import Inputs, inputs_from_request
-from exporter.interrupts import Uninterrupted
 from exporter.layers import farthest_row, first_departing, layer_stages, layers_of_network, rows_from_stages
 from exporter.ledger import Run, largest_batch
 from exporter.measured import FLOAT32_LOSS_FACTOR, Measured, at_least

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from engines.build import Progress
-from exporter.interrupts import Uninterrupted
+from engines.interrupts import Uninterrupted
 from exporter.processes import started
 from exporter.request import Request
 

@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from exporter.cli import Parser, add_assumptions, add_output, assumptions_from, exit_code_of
+from engines.console import Parser, exit_code_of
+from exporter.cli import MEMORY_HINT, add_assumptions, add_output, assumptions_from
 from exporter.errors import UsageError, VerificationFailed
 from exporter.request import Request, floats_from_text
 
 if TYPE_CHECKING:
+    from engines.interrupts import Interrupts
     from engines.parity import Gate
-    from exporter.interrupts import Interrupts
     from exporter.verdict import Verdict
 
 DESCRIPTION = """\
@@ -121,7 +122,7 @@ def _tell(verdict: Verdict) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code; every expected error is one line on stderr."""
-    return exit_code_of(_parser(), _run, argv)
+    return exit_code_of(_parser, _run, argv, memory_hint=MEMORY_HINT)
 
 
 if __name__ == "__main__":

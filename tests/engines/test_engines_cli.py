@@ -107,7 +107,7 @@ def test_running_out_of_memory_is_3_and_an_interrupt_130(engines_command, monkey
     assert engines_command("verify", "x").error == "out of memory (4 GB); free memory on this machine"
     monkeypatch.setattr(verify, "run", raising(KeyboardInterrupt()))
     outcome = engines_command("verify", "x")
-    assert (outcome.code, outcome.error) == (130, "interrupted")
+    assert (outcome.code, outcome.error) == (130, "interrupted; nothing was written")
 
 
 def test_a_path_that_cannot_be_looked_at_is_3(engines_command, monkeypatch):
@@ -157,4 +157,4 @@ def test_a_signal_ends_it_with_one_line_and_130(number):
         assert process.stdout.readline() == "waiting\n"
         process.send_signal(number)
         _, stderr = process.communicate(timeout=20)
-    assert (process.returncode, stderr) == (130, "error: interrupted\n")
+    assert (process.returncode, stderr) == (130, "error: interrupted; nothing was written\n")
