@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python -m exporter examples/fashion.pt --onnx --trt fp16 --size 28
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # For owners of a GPU; nothing here is part of make test.
 test-gpu: $(READY)

@@ -7,7 +7,6 @@ stride, epsilon or normalisation. The statistics in the batch norms were taken f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +53,8 @@ def witness_from_inputs(
         return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": None}
     images = next(dataset.raw(IMAGES, IMAGES)).copy()
     proposal = proposal_from_images(architecture, tensors, images, dataset.normalise)
-    disagreement = max((agreement.disagreement for agreement in witness.agreements), default=math.inf)
-    unknown = witness.verdict == WRONG and disagreement <= CLEAR_DISAGREEMENT
+    contradicted = any(not agreement.disagreement <= CLEAR_DISAGREEMENT for agreement in witness.agreements)
+    unknown = witness.verdict == WRONG and not contradicted
     failed = unknown or (proposal.found and proposal.drift_after <= FITS)
     detail += f"; {proposal.line}"
     if failed:

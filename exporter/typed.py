@@ -16,6 +16,7 @@ from engines.files import write_whole
 from engines.manifest import sidecar_path
 from engines.onnx_file import onnx_file_from_path
 from engines.plan import header_from_file
+from engines.runner import load
 from engines.sdk import gpu_compute_capability
 from engines.sidecar import compute_capabilities, manifest_from_build
 from exporter import checks
@@ -109,8 +110,6 @@ def engine_check(typed: Typed, measured: Measured, *, required: bool) -> Check:
     try:
         if gpu_compute_capability() is None:
             raise SdkMissing("no GPU answers here")
-        from engines.runner import load
-
         with load(typed.engine) as runner:
 
             def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:

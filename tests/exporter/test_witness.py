@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import witness_table
 from exporter.architecture import architecture_from_tensors
 from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.witness import (
@@ -335,3 +336,20 @@ def test_what_is_not_finite_is_wrong_and_null_in_the_record(fashion, pixels):
     assert (witness.verdict, witness.first_departure) == (WRONG, "stage2.0.dense")
     record = json.loads(json.dumps(witness.record(), allow_nan=False))
     assert next(row for row in record["layers"] if row["layer"] == "stage2.0.dense")["drift"] is None
+
+
+# The table that the thresholds stand on
+
+
+def test_the_benchmark_makes_a_row_for_every_case_and_only_the_right_one_is_clear(capsys):
+    witness_table.main(["--images", "64"])
+    heading, rule, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert heading == list(witness_table.HEADINGS)
+    assert set(rule) == {"---"}
+    verdicts = {cells[0]: cells[3] for cells in rows}
+    assert verdicts.pop("right") == CLEAR
+    assert set(verdicts.values()) == {WRONG}
+    assert {"normalised as MNIST", "mean, but no std", "noise", "2 times the size", "strides 2,2,1,2,2"} <= set(
+        verdicts
+    )
+    assert {cells[5] for cells in rows if cells[0].startswith("normalised")} == {"--mean 0.5 --std 0.5"}
