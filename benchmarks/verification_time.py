@@ -38,7 +38,7 @@ NOTHING, DEFAULT, LAYERS = "nothing compared", "default", "--layers"
 class Unmeasured(Measured):
     """Runs nothing."""
 
-    def keep(self, name: str, opened: Callable[[], Run]) -> None:
+    def keep(self, name: str, opened: Callable[[], Run], count: int | None = None) -> None:
         """Leaves it out."""
 
     def keep_outputs(self, name: str, outputs: Outputs) -> None:

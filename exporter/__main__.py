@@ -10,6 +10,7 @@ from exporter.cli import main
 
 def run() -> None:
     """Runs the command of ``sys.argv`` and ends the process, without the time that taking torch down costs."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin would slow the compilers down
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

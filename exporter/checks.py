@@ -20,10 +20,13 @@ from exporter.report import Check
 
 
 def fusion_checks(plain: Plain, reference: NDArray[np.float64]) -> list[Check]:
-    """The largest block certificate, and the whole network's outputs in float64, before any rounding."""
+    """The largest block certificate, and the whole network's outputs in float64, before any rounding.
+
+    ``reference`` has at least the rows of ``plain.outputs``.
+    """
     worst = max(plain.certificates, key=lambda certificate: _nan_last(certificate.error))
     blocks = f"{len(plain.certificates)} blocks, the largest error is {worst.error:.1e} in {worst.block}"
-    whole = compare(reference, plain.outputs).relative_error
+    whole = compare(reference[: len(plain.outputs)], plain.outputs).relative_error
     return [
         _gated("fusion, block by block", worst.error, CERTIFICATE_GATE, blocks),
         _gated("fusion, whole network in float64", whole, CERTIFICATE_GATE, f"relative error {whole:.1e}"),

@@ -11,6 +11,7 @@ from exporter.architecture import Architecture
 from exporter.dataset import Dataset, dataset_from_npz
 from exporter.expectation import Expectation, expectation_from_npz
 from exporter.images import GOLDEN_IMAGES, Normalisation, noise_images
+from exporter.ledger import affordable_images
 from exporter.request import Request
 
 
@@ -19,10 +20,12 @@ class Inputs:
     """``images`` (4, C, H, W) float32 are what every form of the network is compared on; ``source`` says where from.
 
     ``calibration`` and ``labelled`` are the whole files, where given, with the ``labels`` (N,) of the latter;
-    ``expectation`` has the user's own model's answers.
+    ``expectation`` has the user's own model's answers. ``affordable`` are the first images, as many as an expensive
+    network computes where it is not a file yet.
     """
 
     images: NDArray[np.float32]
+    affordable: NDArray[np.float32]
     source: str
     calibration: Dataset | None
     labelled: Dataset | None
@@ -50,4 +53,5 @@ def inputs_from_request(request: Request, architecture: Architecture, normalise:
         images, source = noise_images(channels, request.size), "seeded noise (no --calib given)"
     else:
         images, source = chosen.first(GOLDEN_IMAGES), f"the first {GOLDEN_IMAGES} images of {chosen.path.name}"
-    return Inputs(images, source, calibration, labelled, labels, expectation)
+    affordable = images[: affordable_images(architecture, request.size, len(images))]
+    return Inputs(images, affordable, source, calibration, labelled, labels, expectation)

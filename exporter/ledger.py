@@ -6,7 +6,8 @@
 
 Images go through in batches of one and of three; the float32 graph and engines, also in the largest batch that engines
 are built for, in a shuffled repetition, so that a graph that mixes up the rows of a batch is seen. Of an expensive
-network that batch is made smaller, to LARGEST_WORK; its size stands in the row.
+network that batch is made smaller, to LARGEST_WORK, and the stages that are not files compute fewer images; what was
+computed stands in the row.
 """
 
 from __future__ import annotations
@@ -63,7 +64,10 @@ def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: in
         VerificationFailed: from ``run``, or because a batch came back in another number of rows.
     """
     rest = range(1, len(images))
-    rows = [(0,), *(tuple(rest[start : start + IMAGES_AT_ONCE]) for start in range(0, len(rest), IMAGES_AT_ONCE))]
+    rows: list[tuple[int, ...]] = [
+        (0,),
+        *(tuple(rest[start : start + IMAGES_AT_ONCE]) for start in range(0, len(rest), IMAGES_AT_ONCE)),
+    ]
     if largest > max(map(len, rows)):
         repeated = np.resize(np.arange(len(images)), largest)
         rows.append(tuple(np.random.Generator(np.random.PCG64(SEED)).permutation(repeated).tolist()))
@@ -79,6 +83,11 @@ def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: in
 def largest_batch(architecture: Architecture, size: tuple[int, int], wanted: int) -> int:
     """``wanted``, or as many images as LARGEST_WORK allows."""
     return min(wanted, int(LARGEST_WORK // multiply_accumulates(architecture, size)))
+
+
+def affordable_images(architecture: Architecture, size: tuple[int, int], wanted: int) -> int:
+    """How many of ``wanted`` images a stage that is not a file computes; at least one."""
+    return max(1, largest_batch(architecture, size, wanted))
 
 
 def ledger_from_stages(reference: NDArray[np.float64], stages: Sequence[Stage]) -> tuple[LedgerRow, ...]:
@@ -102,9 +111,10 @@ def ledger_from_stages(reference: NDArray[np.float64], stages: Sequence[Stage]) 
 
 
 def _added(before: Stage, stage: Stage, scale: float) -> float:
-    """The largest difference of the two on the same inputs; a NaN stays one."""
+    """The largest difference of the two on the inputs that both computed; a NaN stays one."""
     first = {row: before.outputs[place] for place, row in reversed(list(enumerate(before.order)))}
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        earlier = np.stack([first[row] for row in stage.order]).astype(np.float64)
-        worst = float(np.abs(stage.outputs.astype(np.float64) - earlier).max())
+        common = [place for place, row in enumerate(stage.order) if row in first]
+        earlier = np.stack([first[stage.order[place]] for place in common]).astype(np.float64)
+        worst = float(np.abs(stage.outputs[common].astype(np.float64) - earlier).max())
         return worst / scale if scale else (0.0 if worst == 0 else float("inf"))

@@ -41,13 +41,16 @@ class Measured:
         """A row for each stage so far."""
         return ledger_from_stages(self.reference, self.stages)
 
-    def keep(self, name: str, opened: Callable[[], Run]) -> None:
-        """Runs a stage that is not judged; one that cannot be run is left out, and the checks after it say why."""
+    def keep(self, name: str, opened: Callable[[], Run], count: int | None = None) -> None:
+        """Runs a stage that is not judged, on the first ``count`` images or all.
+
+        One that cannot be run is left out, and the checks after it say why.
+        """
         with contextlib.suppress(VerificationFailed):
-            self.stages.append(stage_from_run(name, opened(), self.images))
+            self.stages.append(stage_from_run(name, opened(), self.images[:count]))
 
     def keep_outputs(self, name: str, outputs: Outputs) -> None:
-        """A stage that was computed elsewhere, on all images at once."""
+        """A stage that was computed elsewhere, on the first images, as many as there are ``outputs``, at once."""
         self.stages.append(whole_stage(name, outputs))
 
     def check(self, name: str, title: str, opened: Callable[[], Run], judge: Judge, *, largest: bool = False) -> Check:

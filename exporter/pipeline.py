@@ -97,7 +97,7 @@ def report_from_checkpoint(
         found.add(expectation_checks(architecture, tensors, inputs))
         found.add_witness(*witness_from_inputs(architecture, tensors, inputs, ignored=request.ignore_witness))
         reference = reference_from_repvgg(architecture, tensors, inputs.images)
-        plain = plain_from_repvgg(architecture, tensors, inputs.images)
+        plain = plain_from_repvgg(architecture, tensors, inputs.affordable)
         intact.result()
         tensors.clear()  # with the next line this unmaps the file, whose pages count as this process's memory
         checkpoint.tensors.clear()
@@ -175,8 +175,9 @@ def subject_from(request: Request, checkpoint: Checkpoint, architecture: Archite
 def measure_fused(measured: Measured, plain: Plain, structure: onnx.ModelProto) -> None:
     """The fused network before it is a file: in float64, in float32 by torch, and as an ONNX graph."""
     measured.keep_outputs("fused, float64", plain.outputs)
-    measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain))
-    measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run)
+    count = len(plain.outputs)
+    measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain), count)
+    measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run, count)
 
 
 def check_of_float32(

@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,6 +13,7 @@ from exporter.errors import DeviceFailed, VerificationFailed
 from exporter.ledger import (
     LARGEST_WORK,
     Stage,
+    affordable_images,
     largest_batch,
     ledger_from_stages,
     stage_from_run,
@@ -85,6 +86,13 @@ def test_a_value_that_is_not_finite_is_counted_in_its_row(value):
     row = ledger_from_stages(REFERENCE, [whole_stage("wrong", wrong)])[0]
     assert row.comparison.non_finite == 1
     assert not row.added <= 1.0
+
+
+def test_a_stage_of_fewer_images_is_compared_on_those():
+    first = Stage("one image", REFERENCE[:1] + np.array([[0, 0, 1.0]]), ((0,),))
+    rows = ledger_from_stages(REFERENCE, [first, whole_stage("both", REFERENCE)])
+    assert [row.added for row in rows] == [1 / 8, 1 / 8]
+    assert [row.comparison.rows for row in rows] == [1, 2]
 
 
 def test_outputs_that_are_all_zero_have_no_relative_error_unless_they_differ():
@@ -251,3 +259,6 @@ def test_the_largest_batch_is_what_the_work_allows():
     each = multiply_accumulates(architecture, (20, 20))
     assert largest_batch(architecture, (20, 20), 32) == 32
     assert largest_batch(architecture, (20, 20), 10**9) == int(LARGEST_WORK // each)
+    assert affordable_images(architecture, (20, 20), 4) == 4
+    assert affordable_images(architecture, (200_000, 200_000), 4) == 1
+    assert largest_batch(architecture, (200_000, 200_000), 4) == 0
