@@ -77,7 +77,7 @@ def _parser() -> Parser:
         "--calib",
         type=pathlib.Path,
         metavar="NPZ",
-        help="real images: compared on instead of noise, and witnesses",
+        help="real images, compared on instead of noise; the batch norms must know them",
     )
     proof.add_argument("--labels", type=pathlib.Path, metavar="NPZ", help="images and labels: top-1 of every precision")
     proof.add_argument("--max-drop", metavar="POINTS", help="with --labels: the most top-1 that a precision may lose")

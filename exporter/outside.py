@@ -17,10 +17,14 @@ from exporter.expectation import expectation_check
 from exporter.inputs import Inputs
 from exporter.proposals import proposal_from_images
 from exporter.report import Check
-from exporter.witness import CLEAR, CLEAR_DISAGREEMENT, UNAVAILABLE, WRONG, witness_from_images
+from exporter.request import Request
+from exporter.witness import CLEAR, CLEAR_DISAGREEMENT, FEWEST_IMAGES, UNAVAILABLE, WRONG, witness_from_images
+from exporter.workload import multiply_accumulates
 
 IMAGES = 128
 IMAGES_AT_ONCE = 32
+LARGEST_WORK = 400e9
+"""Multiply-accumulates that the witness may take: some seconds. It is asked with FEWEST_IMAGES even beyond that."""
 FITS = 0.6
 """What an assumption's mean distance must be for it to explain anything; networks whose statistics were never trained
 stay above it whatever is assumed."""
@@ -33,12 +37,13 @@ def expectation_checks(architecture: Architecture, tensors: Mapping[str, Tensor]
 
 
 def witness_from_inputs(
-    architecture: Architecture, tensors: Mapping[str, Tensor], inputs: Inputs, *, ignored: bool
+    architecture: Architecture, tensors: Mapping[str, Tensor], inputs: Inputs, request: Request
 ) -> tuple[list[Check], dict[str, Any] | None]:
-    """Runs the first IMAGES real images, where there are any, through the training-time network.
+    """Runs the first IMAGES real images, where there are any, through the training-time network; fewer of a large one.
 
     It fails where the batch norms do not know the images, or know them clearly better under other assumptions. Where
-    the branches contradict each other, they were never trained together and judge nothing; nor with ``ignored``.
+    the branches contradict each other, they were never trained together and judge nothing; nor do they where the
+    request ignores them.
 
     Returns:
         The check, and the report's ``witness``.
@@ -46,18 +51,22 @@ def witness_from_inputs(
     dataset = inputs.calibration or inputs.labelled
     if dataset is None:
         return [], None
-    witness = witness_from_images(architecture, tensors, dataset.batches(IMAGES_AT_ONCE, IMAGES))
+    affordable = int(LARGEST_WORK // multiply_accumulates(architecture, request.size))
+    count = max(FEWEST_IMAGES, min(IMAGES, affordable))
+    witness = witness_from_images(architecture, tensors, dataset.batches(IMAGES_AT_ONCE, count))
     record, detail = witness.record(), witness.line
     if witness.verdict in (CLEAR, UNAVAILABLE):
         passed = None if witness.verdict == UNAVAILABLE else True
         return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": None}
-    images = next(dataset.raw(IMAGES, IMAGES)).copy()
+    images = next(dataset.raw(count, count)).copy()
     proposal = proposal_from_images(architecture, tensors, images, dataset.normalise)
     contradicted = any(not agreement.disagreement <= CLEAR_DISAGREEMENT for agreement in witness.agreements)
     unknown = witness.verdict == WRONG and not contradicted
     failed = unknown or (proposal.found and proposal.drift_after <= FITS)
     detail += f"; {proposal.line}"
     if failed:
-        detail += " (ignored, as --ignore-witness says)" if ignored else " (--ignore-witness lets it pass)"
-    passed = False if failed and not ignored else None if failed or witness.verdict == WRONG else True
+        detail += (
+            " (ignored, as --ignore-witness says)" if request.ignore_witness else " (--ignore-witness lets it pass)"
+        )
+    passed = False if failed and not request.ignore_witness else None if failed or witness.verdict == WRONG else True
     return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": proposal.record()}

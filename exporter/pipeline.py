@@ -95,7 +95,7 @@ def report_from_checkpoint(
 
         found = Findings(notify)
         found.add(expectation_checks(architecture, tensors, inputs))
-        found.add_witness(*witness_from_inputs(architecture, tensors, inputs, ignored=request.ignore_witness))
+        found.add_witness(*witness_from_inputs(architecture, tensors, inputs, request))
         reference = reference_from_repvgg(architecture, tensors, inputs.images)
         plain = plain_from_repvgg(architecture, tensors, inputs.affordable)
         intact.result()

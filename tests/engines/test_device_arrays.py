@@ -292,7 +292,7 @@ def test_the_interface_is_read(changes, stream):
         ({"strides": (24, 8)}, "not contiguous"),
         ({"strides": (4,)}, "makes no sense"),
         ({"stream": 0}, "names the stream 0, which the protocol forbids"),
-        ({"mask": object()}, "it is masked"),
+        ({"mask": "a mask"}, "it is masked"),
         ({"data": 0x7000}, "makes no sense"),
         ({"data": "left out"}, "makes no sense"),
         ({"shape": None}, "makes no sense"),
