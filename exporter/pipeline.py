@@ -178,6 +178,7 @@ def measure_fused(measured: Measured, plain: Plain, structure: onnx.ModelProto) 
     count = len(plain.outputs)
     measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain), count)
     measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run, count)
+    return_freed_memory()
 
 
 def check_of_float32(
