@@ -55,18 +55,17 @@ def witness_from_inputs(
     count = max(FEWEST_IMAGES, min(IMAGES, affordable))
     witness = witness_from_images(architecture, tensors, dataset.batches(IMAGES_AT_ONCE, count))
     record, detail = witness.record(), witness.line
-    if witness.verdict in (CLEAR, UNAVAILABLE):
-        passed = None if witness.verdict == UNAVAILABLE else True
+    contradicted = any(not agreement.disagreement <= CLEAR_DISAGREEMENT for agreement in witness.agreements)
+    if contradicted or witness.verdict in (CLEAR, UNAVAILABLE):
+        passed = True if witness.verdict == CLEAR else None
         return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": None}
     images = next(dataset.raw(count, count)).copy()
     proposal = proposal_from_images(architecture, tensors, images, dataset.normalise)
-    contradicted = any(not agreement.disagreement <= CLEAR_DISAGREEMENT for agreement in witness.agreements)
-    unknown = witness.verdict == WRONG and not contradicted
-    failed = unknown or (proposal.found and proposal.drift_after <= FITS)
+    failed = witness.verdict == WRONG or (proposal.found and proposal.drift_after <= FITS)
     detail += f"; {proposal.line}"
     if failed:
         detail += (
             " (ignored, as --ignore-witness says)" if request.ignore_witness else " (--ignore-witness lets it pass)"
         )
-    passed = False if failed and not request.ignore_witness else None if failed or witness.verdict == WRONG else True
+    passed = True if not failed else None if request.ignore_witness else False
     return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": proposal.record()}
