@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from engines.integrity import checked_engine
 from engines.kind import ONNX, kind_of_file
-from engines.manifest import sidecar_path
+from engines.manifest import manifest_from_file, sidecar_path
 from engines.runner import load
 from exporter.checkpoint import checkpoint_from_path, is_checkpoint
 from exporter.errors import InputRejected, NotFinite, VerificationFailed, listed
@@ -81,7 +81,7 @@ def assumptions_of(path: pathlib.Path) -> dict[str, str]:
         metadata = {entry.key: entry.value for entry in graph_from_file(path).structure.metadata_props}
         return _strings(metadata.get("assumptions", "{}"))
     sidecar = sidecar_path(path)
-    return _strings(sidecar.read_text(encoding="utf-8"), "assumptions") if sidecar.is_file() else {}
+    return dict(manifest_from_file(sidecar).assumptions) if sidecar.is_file() else {}
 
 
 def contender_from_path(path: pathlib.Path, request: Request) -> Contender:
@@ -155,6 +155,10 @@ def _engine(path: pathlib.Path) -> Contender:
     manifest = checked_engine(path)[1]
     if manifest is None:
         raise InputRejected(f"{path}: no sidecar says what it is; build it again")
+    if manifest.precision not in EXACTNESS:
+        raise InputRejected(
+            f"{path}: its precision is {manifest.precision}; this version compares {', '.join(EXACTNESS[1:])}"
+        )
     profile = manifest.profile[manifest.inputs[0]["name"]]
     return Contender(path, "engine", manifest.precision, tuple(profile[2][1:]), profile[2][0], opened)
 
@@ -197,12 +201,9 @@ def _in_batches_of(size: int | None, run: Run, batch: NDArray[np.float32]) -> ND
     return np.concatenate(parts)
 
 
-def _strings(text: str, key: str | None = None) -> dict[str, str]:
+def _strings(text: str) -> dict[str, str]:
     try:
         found: Any = json.loads(text)
-        found = found if key is None else found[key]
-        if isinstance(found, Mapping):
-            return {str(name): str(value) for name, value in found.items()}
-    except (ValueError, KeyError, TypeError):
-        pass
-    return {}
+    except ValueError:
+        return {}
+    return {str(name): str(value) for name, value in found.items()} if isinstance(found, Mapping) else {}

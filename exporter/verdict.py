@@ -20,6 +20,7 @@ from engines.parity import GATES, Gate
 from exporter.checkpoint import checkpoint_from_path, is_checkpoint
 from exporter.contenders import EXACTNESS, Contender, assumptions_of, contender_from_path
 from exporter.dataset import dataset_from_npz
+from exporter.description import number_text
 from exporter.errors import ArchitectureRejected, InputRejected, UsageError, VerificationFailed
 from exporter.images import noise_images, normalisation
 from exporter.ledger import stage_from_run
@@ -47,7 +48,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether they compute the same."""
+        """Whether they compute the same; inputs that a constant answer would satisfy, too, show nothing."""
         return all(check.passed for check in self.checks)
 
     @property
@@ -146,17 +147,24 @@ def _with_assumptions(told: Request, assumptions: dict[str, str]) -> Request:
 def _assumptions_used(request: Request) -> dict[str, str]:
     """Those about a checkpoint that somebody, or the other file, made; the rest is inferred from its tensors."""
     eps = None if request.eps is None else (request.eps,)
-    used = {"strides": request.strides, "eps": eps, "size": request.size, "mean": request.mean, "std": request.std}
-    return {name: ",".join(f"{value:g}" for value in values) for name, values in used.items() if values is not None}
+    used = {"strides": request.strides, "eps": eps, "mean": request.mean, "std": request.std}
+    texts = {name: ",".join(map(number_text, values)) for name, values in used.items() if values is not None}
+    return {"size": f"{request.size[0]}x{request.size[1]}", **texts}
 
 
 def _common_shape(reference: Contender, candidate: Contender, request: Request) -> tuple[int, tuple[int, int]]:
-    """Channels and (height, width) that both take; where a graph leaves the size open, ``request`` says it."""
+    """Channels and (height, width) that both take; where a graph leaves the size open, ``request`` says it.
+
+    Where one leaves the channels open, the other says how many; where both do, nobody does.
+    """
+    known = reference.shape[0] or candidate.shape[0]
+    if known is None:
+        raise InputRejected(f"{reference.title} and {candidate.title}: neither says how many channels its images have")
     shapes = []
     for contender in (reference, candidate):
         channels, *size = contender.shape
         height, width = (side or wanted for side, wanted in zip(size, request.size, strict=True))
-        shapes.append((channels or 0, (height, width)))
+        shapes.append((channels or known, (height, width)))
     if shapes[0] != shapes[1]:
         described = " and ".join(f"{channels}x{height}x{width}" for channels, (height, width) in shapes)
         raise VerificationFailed(

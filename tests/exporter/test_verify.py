@@ -105,7 +105,7 @@ def test_the_command_as_json(exported, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is True
     assert found["rows"][0]["comparison"]["rows"] == 36
-    assert found["assumptions"]["size"] == "28,28"
+    assert found["assumptions"]["size"] == "28x28"
 
 
 def test_an_onnx_file_of_another_exporter_is_compared_too(tmp_path):
@@ -123,7 +123,7 @@ def test_an_onnx_file_of_another_exporter_is_compared_too(tmp_path):
     onnx.save(foreign, tmp_path / "foreign.onnx")
     verdict = verdict_of(tmp_path / "model.pt", tmp_path / "foreign.onnx")
     assert verdict.passed
-    assert verdict.assumptions["size"] == "20,20"
+    assert verdict.assumptions["size"] == "20x20"
 
 
 # --- not equal
@@ -314,3 +314,34 @@ def test_strides_that_do_not_fit_two_checkpoints_are_a_wrong_flag(saved, tmp_pat
     path = saved(contiguous_float(NaiveRepVGG(Shape()).state_dict()))
     with pytest.raises(UsageError, match="--strides: 2 numbers for 5 stages"):
         verdict_of(path, path, told=Request(path=path, out=tmp_path, size=(20, 20), strides=(2, 2)))
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{}", b"", b"[1]"], ids=["bytes", "empty", "nothing", "a list"])
+def test_a_broken_sidecar_is_one_line(content, exported, tmp_path, capsys):
+    shutil.copy(exported / "fashion.fp16.engine", tmp_path)
+    (tmp_path / "fashion.fp16.engine.json").write_bytes(content)
+    assert main([str(CHECKPOINT), str(tmp_path / "fashion.fp16.engine")]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "fashion.fp16.engine.json" in lines[0]
+
+
+def test_an_engine_of_a_precision_that_is_not_compared_is_one_line(exported, tmp_path, capsys):
+    shutil.copy(exported / "fashion.fp16.engine", tmp_path)
+    fields = json.loads((exported / "fashion.fp16.engine.json").read_text())
+    (tmp_path / "fashion.fp16.engine.json").write_text(json.dumps({**fields, "precision": "int8"}))
+    assert main([str(CHECKPOINT), str(tmp_path / "fashion.fp16.engine")]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "int8" in lines[0]
+
+
+def test_a_graph_that_leaves_its_channels_open_takes_those_of_the_other(copy, exported, capsys):
+    def opened(model):
+        model.graph.input[0].type.tensor_type.shape.dim[1].Clear()
+        model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "C"
+
+    path = copy("fashion.onnx", opened)
+    assert verdict_of(CHECKPOINT, path).passed
+    assert main([str(path), str(path)]) == 3
+    assert "neither says how many channels" in capsys.readouterr().err
