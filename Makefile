@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 BINDINGS := 10.16.1.11 11.4.0.106
 
-.PHONY: demo test test-gpu check setup benchmark clean
+.PHONY: demo test test-gpu check setup table benchmark clean
 
 demo: $(READY)
 	$(BIN)/python -m exporter examples/fashion.pt --onnx --trt fp16 --size 28
@@ -34,6 +34,10 @@ $(READY): pyproject.toml constraints.txt
 	    --target $(VENV)/bindings/$$version tensorrt-cu12-bindings==$$version || exit 1; \
 	done
 	touch $(READY)
+
+# The README's tables of families are made from the tuples that decide what is recognised and what is refused.
+table: $(READY)
+	$(BIN)/python -m exporter.lineages.table README.md
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/export_time.py

@@ -18,17 +18,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from unittest import mock
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import exporter
 from benchmarks.plain_export import NETWORKS
 from benchmarks.random_checkpoint import random_repvgg
-from exporter.ledger import Outputs, Run
+from exporter.ledger import Run
 from exporter.measured import Judge, Measured
 from exporter.report import Check
 
@@ -41,7 +43,7 @@ class Unmeasured(Measured):
     def keep(self, name: str, opened: Callable[[], Run], count: int | None = None) -> None:
         """Leaves it out."""
 
-    def keep_outputs(self, name: str, outputs: Outputs) -> None:
+    def keep_outputs(self, name: str, outputs: Mapping[str, NDArray[np.floating]]) -> None:
         """Leaves it out."""
 
     def check(

@@ -30,7 +30,7 @@ from exporter.checkpoint import checkpoint_from_path
 from exporter.dataset import dataset_from_npz
 from exporter.images import Normalisation, normalisation
 from exporter.proposals import COLOUR_NORMALISATIONS, GREY_NORMALISATIONS, proposal_from_images
-from exporter.repvgg import repvgg_from_checkpoint
+from exporter.repvgg import network_from_checkpoint
 from exporter.request import Request, floats_from_text, strides_from_text
 from exporter.strides import stride_choices, with_strides
 from exporter.witness import CLEAR, witness_from_images
@@ -116,7 +116,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=128)
     given = parser.parse_args(arguments)
     request = Request(path=given.checkpoint, out=given.checkpoint.parent, strides=given.strides)
-    architecture, tensors = repvgg_from_checkpoint(checkpoint_from_path(given.checkpoint), request)
+    network = network_from_checkpoint(checkpoint_from_path(given.checkpoint), request)
+    architecture, tensors = network.architecture, network.tensors
     right = normalisation(architecture.in_channels, given.mean, given.std)
     dataset = dataset_from_npz(given.calib, architecture.in_channels, (given.size, given.size), right)
     if not dataset.holds_pixels:

@@ -4,10 +4,10 @@ The claim, for each convolution of the graph: exactly one kernel of the plan cov
 holds numbers of the graph's dtype; the ReLU that follows is inside the same kernel; and the kernel's weights and bias,
 put back from the plan's memory layout into (out, in / groups, height, width), have the graph's very bits. A compiler
 may pad the channels of a weight (of the first convolution; for Turing, of any) or either side of the matrix; the
-padding must then be zero. A 1x1 convolution of a few channels, such as SE has, may be compiled into generated code that
-reads each column of its weights, or each number, as a constant of its own; then every one must be there. A bias may
-have been moved into the kernel that comes next. Weights of one single number may become part of the code; they are
-reported as not readable, and as nothing else.
+padding must then be zero. A 1x1 convolution of many channels may be compiled as a product of matrices; one of a few,
+such as SE has, into generated code that reads each column of its weights, or each number, as a constant of its own,
+and then every one must be there. A bias may have been moved into generated code that reads the result. Weights of one
+single number may become part of the code; they are reported as not readable, and as nothing else.
 """
 
 from __future__ import annotations
@@ -24,15 +24,12 @@ from engines.errors import InputRejected
 from engines.onnx_file import Node, OnnxFile
 from engines.plan import (
     AUDITED_VERSIONS,
-    NUMPY_DTYPES,
-    Constant,
-    ConvolutionKernel,
     Plan,
+    WeightedKernel,
     header_from_file,
     plan_from_file,
 )
-
-_NUMPY_NAMES = frozenset(NUMPY_DTYPES.values())
+from engines.plan_weights import is_convolution, is_matrix, missing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,102 +199,63 @@ class _Finding:
 
 
 def _convolution_finding(plan: Plan, expected: ExpectedConvolution) -> _Finding:
-    kernels = [kernel for kernel in plan.convolutions if expected.node in kernel.onnx_nodes]
-    generated = [function for function in plan.functions if expected.node in function.onnx_nodes]
-    if len(kernels) == 1 and expected.weight.size > 1:
-        kernel = kernels[0]
-        problems, unread = _stand(plan, expected.node, bias=expected.bias)
-        relu_inside = kernel.relu and expected.relu_node in kernel.onnx_nodes
-        return _Finding(
-            kernel.weight_dtype, relu_inside, (*_kernel_problems(plan, expected, kernel), *problems), unread
+    node = expected.node
+    convolutions = [kernel for kernel in plan.convolutions if node in kernel.onnx_nodes]
+    matrices = [kernel for kernel in plan.matrices if node in kernel.onnx_nodes]
+    generated = [function for function in plan.functions if node in function.onnx_nodes]
+    is_pointwise = expected.weight.shape[2:] == (1, 1)
+    if len(convolutions) + len(matrices) > 1:
+        return _not_one_kernel(node, len(convolutions) + len(matrices))
+    if matrices and not is_pointwise:
+        problem = f"{node}: compiled as a product of matrices, which a window of {expected.weight.shape[2]} is not"
+        return _Finding(dtype=None, relu_inside=False, problems=(problem,), unread=())
+    if convolutions and expected.weight.size > 1:
+        return _kernel_finding(
+            plan, expected, convolutions[0], is_weight=is_convolution(plan, convolutions[0].weight, expected.weight)
         )
-    if (generated or kernels) and len(kernels) < 2 and expected.weight.shape[2:] == (1, 1):
-        problems, unread = _stand(plan, expected.node, weights=expected.weight[:, :, 0, 0], bias=expected.bias)
+    if matrices:
+        return _kernel_finding(
+            plan, expected, matrices[0], is_weight=is_matrix(plan, matrices[0], expected.weight[:, :, 0, 0])
+        )
+    if (generated or convolutions) and is_pointwise:
+        problems, unread = missing(plan, node, weights=expected.weight[:, :, 0, 0], bias=expected.bias)
         relu_inside = any(expected.relu_node in function.onnx_nodes for function in generated)
-        return _Finding(str(expected.weight.dtype), relu_inside, problems, unread)
-    problem = f"{expected.node}: {len(kernels)} kernels of the engine compute it, not one"
+        was_read = not problems and expected.weight.size > 1
+        return _Finding(str(expected.weight.dtype) if was_read else None, relu_inside, problems, unread)
+    return _not_one_kernel(node, len(convolutions))
+
+
+def _not_one_kernel(node: str, kernels: int) -> _Finding:
+    problem = f"{node}: {kernels} kernels of the engine compute it, not one"
     return _Finding(dtype=None, relu_inside=False, problems=(problem,), unread=())
 
 
-def _matrix_finding(plan: Plan, expected: ExpectedMatrix) -> _Finding:
-    problems, unread = _stand(plan, expected.node, weights=expected.weight, bias=expected.bias)
-    return _Finding(dtype=None, relu_inside=False, problems=problems, unread=unread)
-
-
-def _kernel_problems(plan: Plan, expected: ExpectedConvolution, kernel: ConvolutionKernel) -> list[str]:
-    problems = []
-    wanted = str(expected.weight.dtype)
-    if kernel.weight_dtype != wanted or kernel.input_dtype != wanted:
-        compiled = f"{kernel.input_dtype} x {kernel.weight_dtype}"
-        problems.append(f"{expected.node}: asked for {wanted}, compiled with {compiled}")
-    if kernel.weight is None or not _is_weight(plan, kernel.weight, expected.weight):
+def _kernel_finding(plan: Plan, expected: ExpectedConvolution, kernel: WeightedKernel, *, is_weight: bool) -> _Finding:
+    """Of a convolution that one kernel computes."""
+    problems = _dtype_problems(expected.node, expected.weight, kernel)
+    if not is_weight:
         problems.append(f"{expected.node}: its weights do not stand in the engine bit for bit")
-    return problems
+    others, unread = missing(plan, expected.node, bias=expected.bias)
+    relu_inside = kernel.relu and expected.relu_node in kernel.onnx_nodes
+    return _Finding(kernel.weight_dtype, relu_inside, (*problems, *others), unread)
 
 
-def _is_weight(plan: Plan, constant: Constant, weight: NDArray[Any]) -> bool:
-    """The constant is (out, in / groups, height, width) with either of the first two, perhaps, padded by zeros."""
-    if constant.dtype != str(weight.dtype) or len(constant.dims) != weight.ndim:
-        return False
-    stored, (out, channels) = plan.array(constant), weight.shape[:2]
-    padding = (stored[out:], stored[:, channels:])
-    return _bits_equal(stored[:out, :channels], weight) and not any(part.any() for part in padding)
+def _matrix_finding(plan: Plan, expected: ExpectedMatrix) -> _Finding:
+    kernels = [kernel for kernel in plan.matrices if expected.node in kernel.onnx_nodes]
+    if len(kernels) > 1:
+        return _not_one_kernel(expected.node, len(kernels))
+    wrong = [problem for kernel in kernels for problem in _dtype_problems(expected.node, expected.weight, kernel)]
+    if kernels and kernels[0].weight is not None:
+        problems, unread = missing(plan, expected.node, bias=expected.bias)
+        if not is_matrix(plan, kernels[0], expected.weight):
+            wrong.append(f"{expected.node}: its weights do not stand in the engine bit for bit")
+    else:
+        problems, unread = missing(plan, expected.node, weights=expected.weight, bias=expected.bias)
+    return _Finding(None, relu_inside=False, problems=(*wrong, *problems), unread=unread)
 
 
-def _stand(plan: Plan, node: str, **expected: NDArray[Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Which of the ``expected`` matrices and vectors are not among the constants that the node's kernels read.
-
-    Returns:
-        Problems, and what is only unread: a single number may have become part of the code.
-    """
-    stored = [plan.array(constant) for constant in plan.constants_of(node) if constant.dtype in _NUMPY_NAMES]
-    problems, unread = [], []
-    for what, array in expected.items():
-        if _matrix_stands(stored, array) if array.ndim == 2 else _vector_stands(stored, array):
-            continue
-        if array.ndim == 2 and _columns_stand(stored, array):
-            if array.shape[1] > 1:
-                unread.append(f"{node}: the order of its columns")
-            continue
-        if array.size == 1:
-            unread.append(f"{node}: its {what} of one number")
-        else:
-            problems.append(
-                f"{node}: its {what} do not stand in the engine bit for bit".replace("bias do", "bias does")
-            )
-    return tuple(problems), tuple(unread)
-
-
-def _vector_stands(stored: Sequence[NDArray[Any]], vector: NDArray[Any]) -> bool:
-    """Whether the vector is a constant, perhaps padded by zeros."""
-    flat = (array.reshape(-1) for array in stored)
-    return any(_bits_equal(array[: vector.size], vector) and not array[vector.size :].any() for array in flat)
-
-
-def _matrix_stands(stored: Sequence[NDArray[Any]], matrix: NDArray[Any]) -> bool:
-    """Whether (out, in) is one constant, which is stored as (in, out), perhaps padded by zeros."""
-    rows, columns = matrix.shape
-    for array in stored:
-        plane = array.reshape([extent for extent in array.shape if extent > 1] or [1, 1]) if array.ndim > 2 else array
-        for turned in (plane.T,) if plane.ndim == 2 else ():
-            padding = (turned[rows:], turned[:, columns:])
-            if _bits_equal(turned[:rows, :columns], matrix) and not any(part.any() for part in padding):
-                return True
-    return False
-
-
-def _columns_stand(stored: Sequence[NDArray[Any]], matrix: NDArray[Any]) -> bool:
-    """Whether each column of (out, in), or each number, is a constant; which of them is which cannot be read."""
-    rows = matrix.shape[0]
-    vectors = list(matrix.T)
-    numbers = [number for vector in vectors for number in vector[:, None]]
-    flat = [array.reshape(-1) for array in stored if array.size <= rows]
-    return any(all(any(_bits_equal(array, part) for array in flat) for part in parts) for parts in (vectors, numbers))
-
-
-def _bits_equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
-    """Equal bit patterns: -0.0 differs from 0.0, and a NaN equals itself."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    unsigned = f"u{a.dtype.itemsize}"
-    return bool(np.array_equal(np.ascontiguousarray(a).view(unsigned), np.ascontiguousarray(b).view(unsigned)))
+def _dtype_problems(node: str, weight: NDArray[Any], kernel: WeightedKernel) -> list[str]:
+    wanted = str(weight.dtype)
+    if kernel.weight_dtype == wanted and kernel.input_dtype == wanted:
+        return []
+    return [f"{node}: asked for {wanted}, compiled with {kernel.input_dtype} x {kernel.weight_dtype}"]

@@ -28,9 +28,11 @@ from engines.files import reported_write_errors
 from engines.manifest import Manifest, sidecar_path
 from engines.process import Process
 from engines.sdk import Sdk, sdk_for_build
+from engines.sizes import Sizes, check_sizes, text_of_size, text_of_sizes
 
 if TYPE_CHECKING:
     from engines.audit import Audit
+    from engines.sidecar import Origin
 
 DEFAULT_OPTIONS = Options()
 
@@ -143,6 +145,7 @@ def build(
     sdk: str | None = None,
     gpu: Sequence[int] = (),
     batch: tuple[int, int, int] = (1, 8, 32),
+    sizes: Sizes | None = None,
     options: Options = DEFAULT_OPTIONS,
     progress: Progress | None = None,
 ) -> Build:
@@ -154,6 +157,7 @@ def build(
         sdk: ``"tensorrt"``, ``"tensorrt_rtx"``, or None for the first where it and a GPU are, else the second.
         gpu: compute capabilities to build for, as in ``(86, 89)``; empty for the SDK's default.
         batch: minimum, optimum and maximum batch of the optimization profile.
+        sizes: minimum, optimum and maximum (height, width) where the graph leaves them free; None for what it says.
         options: see ``engines.compiler.Options``.
         progress: called as the build goes on.
 
@@ -173,12 +177,14 @@ def build(
     chosen = sdk_for_build(sdk, gpu)
     check_options(chosen, options)
     graph = onnx_file_from_path(source)
-    origin_from_onnx(graph)
+    origin = origin_from_onnx(graph)
+    if sizes is not None:
+        _check_sizes(source, sizes, origin)
     if target.is_dir():
         raise OutputFailed(f"{target}: cannot be written (it is a directory); name a file with --out")
     with _folder_beside(target) as folder:
         partial = folder / target.name
-        request = Request(str(source), str(partial), batch, tuple(gpu), options)
+        request = Request(str(source), str(partial), batch, tuple(gpu), options, sizes or origin.sizes)
         try:
             with CompilerProcess(chosen) as process:
                 process.submit(request)
@@ -198,6 +204,22 @@ def _check_names(source: pathlib.Path, target: pathlib.Path, options: Options) -
         other = taken.setdefault(path.resolve(), what)
         if other is not what:
             raise UsageError(f"{path}: {what} would take the place of {other}; give it another name")
+
+
+def _check_sizes(source: pathlib.Path, sizes: Sizes, origin: Origin) -> None:
+    """Raises ``UsageError`` for sizes that the graph does not take, or that leave out the golden vectors' size."""
+    check_sizes(sizes)
+    least, _, most = sizes
+    size = text_of_size(origin.size)
+    if origin.sizes is None:
+        raise UsageError(
+            f"--size: {source} is for images of {size} alone; leave it out, or export with --size MIN:OPT:MAX"
+        )
+    if not all(low <= extent <= high for low, extent, high in zip(least, origin.size, most, strict=True)):
+        raise UsageError(
+            f"--size: {text_of_sizes(sizes)} is without {size}, so that no engine could be compared with the golden "
+            f"vectors, which have that size; include it, or export again"
+        )
 
 
 def check_options(sdk: Sdk, options: Options) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from engines.errors import OutputFailed, UsageError
 from engines.files import write_whole
+from engines.sizes import Sizes
 
 HARDWARE_COMPATIBILITY = ("ampere_plus", "same_compute_capability")
 """The names of trt.HardwareCompatibilityLevel, in small letters; each is one that an engine can be asked for."""
@@ -65,20 +66,37 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to compile. ``batch`` is (minimum, optimum, maximum); ``cards`` as in (86, 89), empty for the default."""
+    """What to compile. ``batch`` is (minimum, optimum, maximum); ``cards`` as in (86, 89), empty for the default.
+
+    ``sizes`` are those of the images where the graph leaves height and width free, and None where it fixes them.
+    """
 
     onnx: str
     engine: str
     batch: tuple[int, int, int]
     cards: tuple[int, ...]
     options: Options = Options()
+    sizes: Sizes | None = None
 
     @classmethod
     def from_json(cls, line: str) -> Request:
         """The inverse of ``json.dumps(dataclasses.asdict(request))``."""
         fields = json.loads(line)
-        options = Options(**fields["options"])
-        return cls(fields["onnx"], fields["engine"], tuple(fields["batch"]), tuple(fields["cards"]), options)
+        return cls(
+            fields["onnx"],
+            fields["engine"],
+            tuple(fields["batch"]),
+            tuple(fields["cards"]),
+            Options(**fields["options"]),
+            _sizes(fields["sizes"]),
+        )
+
+
+def _sizes(value: list[list[int]] | None) -> Sizes | None:
+    if value is None:
+        return None
+    least, best, most = ((height, width) for height, width in value)
+    return least, best, most
 
 
 class Refusal(Exception):
@@ -97,7 +115,8 @@ def engine_from_onnx(trt: Any, request: Request, emit: Emit) -> Compiled:
     """Compiles a typed ONNX file with the SDK module ``trt``.
 
     Raises:
-        Refusal: the parser or the builder failed, or the timing cache is not of this machine.
+        Refusal: the parser or the builder failed, the timing cache is not of this machine, or ``sizes`` are given for
+            a graph of a fixed size, or none for one of a free size.
     """
     errors: list[str] = []
     logger = _logger(trt, emit, errors)
@@ -108,7 +127,7 @@ def engine_from_onnx(trt: Any, request: Request, emit: Emit) -> Compiled:
         raise Refusal("; ".join(str(parser.get_error(index)) for index in range(parser.num_errors)))
     config = builder.create_builder_config()
     config.progress_monitor = _monitor(trt, emit)
-    _set_profile(builder, network, config, request.batch)
+    _set_profile(builder, network, config, request)
     if request.cards and hasattr(trt, "ComputeCapability"):  # full TensorRT builds for the card it runs on
         config.num_compute_capabilities = len(request.cards)
         for index, card in enumerate(request.cards):
@@ -146,13 +165,37 @@ def _timing_cache(config: Any, path: str | None) -> Any | None:
     return cache
 
 
-def _set_profile(builder: Any, network: Any, config: Any, batch: Sequence[int]) -> None:
+def _set_profile(builder: Any, network: Any, config: Any, request: Request) -> None:
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shapes = [(size, *tuple(tensor.shape)[1:]) for size in batch]
+        shape = tuple(None if extent < 0 else extent for extent in tuple(tensor.shape))
+        try:
+            shapes = profile_shapes(tensor.name, shape, request.batch, request.sizes)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
         profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
+
+
+def profile_shapes(
+    name: str, shape: tuple[int | None, ...], batch: tuple[int, int, int], sizes: Sizes | None
+) -> list[tuple[int, ...]]:
+    """Minimum, optimum and maximum shape of the input ``name``, in whose ``shape`` None stands for a free extent.
+
+    Raises:
+        ValueError: ``sizes`` are missing for free extents behind the batch, or given where there are none.
+    """
+    fixed = tuple(extent for extent in shape[1:] if extent is not None)
+    if len(fixed) == len(shape) - 1:
+        if sizes is not None:
+            raise ValueError(f"the size of input {name} is fixed in the graph, and sizes were given; leave out --size")
+        return [(rows, *fixed) for rows in batch]
+    if len(shape) != 4 or len(fixed) != 1 or shape[1] is None:
+        raise ValueError(f"input {name} has free extents other than batch, height and width: {shape}; export it again")
+    if sizes is None:
+        raise ValueError(f"input {name} is of any height and width; give the engine's sizes as --size MIN:OPT:MAX")
+    return [(rows, *fixed, *size) for rows, size in zip(batch, sizes, strict=True)]
 
 
 def _logger(trt: Any, emit: Emit, errors: list[str]) -> Any:

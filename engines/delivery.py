@@ -47,6 +47,7 @@ def delivered(made: Compilation, graph: OnnxFile, request: Request, target: path
         cards=compute_capabilities(header_from_file(made.engine), request.options),
         batch=request.batch,
         audit=audit.record,
+        sizes=request.sizes,
     )
     sidecar = sidecar_path(made.engine)
     with reported_write_errors(sidecar_path(target)):

@@ -118,6 +118,16 @@ def device_array(name: str, array: Any, *, device: int, stream: int) -> DeviceAr
         _refuse(name, f"its __cuda_array_interface__ makes no sense ({type(error).__name__}: {error})", error)
 
 
+def fitting_shape(
+    fixed: tuple[int | None, ...], largest: tuple[int, ...], shape: tuple[int, ...], batch: int
+) -> tuple[int, ...]:
+    """The engine's shape of an input, with its free extents from ``shape``, or the largest where that is no such."""
+    if len(shape) != len(fixed):
+        return (batch, *largest[1:])
+    free = (batch, *shape[1:])
+    return tuple(given if extent is None else extent for extent, given in zip(fixed, free, strict=True))
+
+
 def require(name: str, array: DeviceArray, dtype: np.dtype[Any], shape: tuple[int, ...], *, written: bool) -> None:
     """Refuses an array that is not exactly what the engine will read or write at its address.
 

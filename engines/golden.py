@@ -1,4 +1,8 @@
-"""``golden.npz``: four inputs and the float64 answers of the training-time network, which travel with every engine."""
+"""``golden.npz``: four inputs and the float64 answers of the training-time network, which travel with every engine.
+
+It holds ``input`` (n, C, H, W) float32, and for each output of the graph a float64 array of its name: (n, classes), or
+(n, channels, height, width) for a feature map. They are compared joined into rows (``engines.outputs``).
+"""
 
 from __future__ import annotations
 
@@ -6,26 +10,56 @@ import dataclasses
 import itertools
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import InputRejected, first_line
+from engines.outputs import Layout, layout_from_outputs
 from engines.parity import Gate, compare
 
 GOLDEN_NAME = "golden.npz"
+INPUT = "input"
+OUTPUT_RANKS = (2, 4)
 MIXED_UP_FACTOR = 0.5
 """Rounding alone moves an answer away from all others at once, and hardly ever this much nearer to one of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """``images`` (n, C, H, W) float32, normalised; ``outputs`` (n, classes) float64."""
+    """``images`` (n, C, H, W) float32, normalised; ``outputs`` (n, values) float64, joined by ``layout``.
+
+    ``shapes`` has the shape of each output for one image, by its name; empty where they are not known.
+    """
 
     images: NDArray[np.float32]
     outputs: NDArray[np.float64]
+    layout: Layout
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def joined(self, outputs: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
+        """The same outputs of something else, by name, as rows that can be compared with ``outputs``.
+
+        Raises:
+            ValueError: one is missing, or is there beside them, or has another shape.
+        """
+        for name, shape in self.shapes.items():
+            if name in outputs and outputs[name].shape[1:] != shape:
+                found = outputs[name].shape[1:]
+                raise ValueError(f"{name} is {_shape(found)} for each image, and {_shape(shape)} in the golden vectors")
+        others = [name for name in outputs if name not in self.layout.names]
+        if others:
+            raise ValueError(f"the golden vectors have no output {', '.join(others)}")
+        return self.layout.joined(outputs)
+
+    def worst_output(self, outputs: NDArray[np.floating]) -> str:
+        """The name of the output that is the farthest off in its own scale, in rows (n, values) for all images."""
+        widths = [int(np.prod(shape)) for shape in self.shapes.values()]
+        parts = np.split(np.abs(self.outputs - outputs), np.cumsum(widths)[:-1], axis=1)
+        errors = [float(np.nan_to_num(part, nan=np.inf).max()) for part in parts]
+        return list(self.shapes)[int(np.argmax(errors))]
 
     @property
     def contrast(self) -> float:
@@ -58,7 +92,7 @@ class Golden:
         up, or answers the same to everything, may well be within the gate of a precision. It is not nearest to each.
 
         Args:
-            outputs: (m, classes).
+            outputs: (m, values).
             rows: which image each of them is for; None for every image once, in order.
         """
         images = [hash(image.tobytes()) for image in self.images]
@@ -75,29 +109,43 @@ def golden_from_file(path: pathlib.Path) -> Golden:
     """Reads the vectors.
 
     Raises:
-        InputRejected: not an ``.npz`` of finite ``input`` float32 (n, C, H, W) and ``output`` float64 (n, classes).
+        InputRejected: not an ``.npz`` of finite ``input`` float32 (n, C, H, W) and outputs float64 of the same n, each
+            (n, classes) or (n, channels, height, width).
     """
-    images, outputs = _arrays(path)
-    for name, array, dtype, rank in (("input", images, "float32", 4), ("output", outputs, "float64", 2)):
-        if array.dtype != dtype or array.ndim != rank or array.size == 0:
-            raise _rejected(path, f"{name} is {array.dtype} {array.shape}; expected {dtype} of {rank} dimensions")
+    arrays = _arrays(path)
+    for name, array in arrays.items():
+        dtype, ranks = ("float32", (4,)) if name == INPUT else ("float64", OUTPUT_RANKS)
+        if array.dtype != dtype or array.ndim not in ranks or array.size == 0:
+            wanted = f"{dtype} of {' or '.join(map(str, ranks))} dimensions"
+            raise _rejected(path, f"{name} is {array.dtype} {array.shape}; expected {wanted}")
         if not np.isfinite(array).all():
             raise _rejected(path, f"{name} holds NaN or infinite values")
-    if len(images) != len(outputs):
-        raise _rejected(path, f"{len(images)} inputs and {len(outputs)} outputs")
-    return Golden(images, outputs)
+    images = arrays.pop(INPUT)
+    for name, array in arrays.items():
+        if len(array) != len(images):
+            raise _rejected(path, f"{len(images)} inputs and {len(array)} of {name}")
+    layout = layout_from_outputs(arrays)
+    return Golden(images, layout.joined(arrays), layout, {name: array.shape[1:] for name, array in arrays.items()})
 
 
-def _arrays(path: pathlib.Path) -> tuple[NDArray[Any], NDArray[Any]]:
+def _arrays(path: pathlib.Path) -> dict[str, NDArray[Any]]:
+    """``input`` and at least one more."""
     try:
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # about old headers, which are either read or refused
             with np.load(file, allow_pickle=False) as archive:
-                return np.asarray(archive["input"]), np.asarray(archive["output"])
+                arrays = {name: np.asarray(archive[name]) for name in archive.files}
     except FileNotFoundError:
         raise InputRejected(f"{path}: no such file, so there is nothing to compare with; copy it along") from None
     except Exception as error:  # damaged archives raise from zipfile, zlib and numpy alike
-        raise _rejected(path, f"not an .npz with input and output ({first_line(error)})") from error
+        raise _rejected(path, f"not an .npz of input and outputs ({first_line(error)})") from error
+    if INPUT not in arrays or len(arrays) < 2:
+        raise _rejected(path, f"not an .npz of input and outputs (it holds {', '.join(arrays) or 'nothing'})")
+    return arrays
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
 
 
 def _rejected(path: pathlib.Path, problem: str) -> InputRejected:

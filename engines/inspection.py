@@ -13,13 +13,11 @@ import pathlib
 import struct
 from typing import Any
 
-from numpy.typing import NDArray
-
 from engines.audit import audit_of_file, expected_from_onnx
 from engines.backends.backend import TensorDescription
 from engines.errors import InputRejected, ReportedError, VerificationFailed
 from engines.files import sha256_of
-from engines.golden import golden_from_file
+from engines.golden import INPUT, golden_from_file
 from engines.integrity import cards_text, checked_engine
 from engines.kind import ONNX, kind_of_file
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
@@ -148,6 +146,10 @@ def _kernels_fact(plan: Plan) -> Fact:
         f"convolutions {kernel.input_dtype} x {kernel.weight_dtype} -> {kernel.output_dtype}"
         for kernel in plan.convolutions
     )
+    counts.update(
+        f"matrix products {kernel.input_dtype} x {kernel.weight_dtype} -> {kernel.output_dtype}"
+        for kernel in plan.matrices
+    )
     counts["other kernels"] = len(plan.functions)
     lines = [f"{count} {kind}" for kind, count in counts.items() if count]
     return Fact("kernels", f"{plan.kernels}: {', '.join(lines)}", dict(counts))
@@ -201,9 +203,10 @@ def _weights_fact(onnx: OnnxFile) -> Fact:
 
 def _golden_facts(path: pathlib.Path) -> Facts:
     golden = golden_from_file(path)
-    arrays: dict[str, NDArray[Any]] = {"input": golden.images, "output": golden.outputs}
-    vectors = {name: {"dtype": array.dtype.name, "shape": array.shape} for name, array in arrays.items()}
-    words = "\n".join(f"{name} {array.dtype.name} {array.shape}" for name, array in arrays.items())
+    count, wide = len(golden.images), golden.outputs.dtype.name
+    vectors: dict[str, dict[str, Any]] = {INPUT: {"dtype": golden.images.dtype.name, "shape": golden.images.shape}}
+    vectors |= {name: {"dtype": wide, "shape": (count, *shape)} for name, shape in golden.shapes.items()}
+    words = "\n".join(f"{name} {vector['dtype']} {vector['shape']}" for name, vector in vectors.items())
     contrast = golden.contrast if math.isfinite(golden.contrast) else None
     told = "a single image" if contrast is None else f"{contrast:.1e} between the two most alike answers"
     return Facts(

@@ -14,6 +14,7 @@ from typing import Any
 
 from engines.errors import InputRejected, first_line
 from engines.json_value import Malformed, Value, value_from_bytes
+from engines.sizes import text_of_size
 
 SCHEMA = 1
 SDK_NAMES = ("tensorrt", "tensorrt_rtx")
@@ -202,15 +203,27 @@ def _check_agreement(manifest: Manifest, fields: dict[str, Value]) -> None:
         )
         if not fits:
             raise fields["profile"].items()[name].wrong(f"shapes of the input's form {shapes[name]}")
-    size = manifest.preprocessing["size"]
     said = {"mean": _listed(manifest.preprocessing["mean"]), "std": _listed(manifest.preprocessing["std"])}
-    for name, text in {**said, "size": f"{size[0]}x{size[1]}"}.items():
+    for name, text in said.items():
         if manifest.assumptions.get(name, text) != text:
             raise fields["preprocessing"].field(name).wrong(f"{manifest.assumptions[name]}, as in assumptions.{name}")
-    made = [manifest.preprocessing["channels"], *manifest.preprocessing["size"]]
-    for shape in shapes.values():
-        if len(shape) == 4 and any(isinstance(a, int) and a != b for a, b in zip(shape[1:], made, strict=True)):
-            raise fields["preprocessing"].wrong(f"images of the input's form {shape}")
+    for name, shape in shapes.items():
+        if len(shape) == 4:
+            _check_sizes(manifest, fields, name, shape)
+
+
+def _check_sizes(manifest: Manifest, fields: dict[str, Value], name: str, shape: list[int | str]) -> None:
+    """Images are prepared in the optimal size of the input ``name``; what is assumed is one size for all, or three."""
+    texts = [text_of_size((height, width)) for _, _, height, width in manifest.profile[name]]
+    assumed = manifest.assumptions.get("size", ":".join(texts))
+    height, width = manifest.preprocessing["size"]
+    best = assumed.split(":")[1 if ":" in assumed else 0]
+    if "size" in manifest.assumptions and best != text_of_size((height, width)):
+        raise fields["preprocessing"].field("size").wrong(f"{best}, as in assumptions.size")
+    if manifest.profile[name][1][1:] != (manifest.preprocessing["channels"], height, width):
+        raise fields["preprocessing"].wrong(f"images of the input's form {shape}, in its optimal size")
+    if assumed not in (":".join(texts), *(texts[:1] if len(set(texts)) == 1 else ())):
+        raise fields["profile"].items()[name].wrong(f"shapes of {assumed}, as in assumptions.size")
 
 
 def _listed(numbers: tuple[float, ...]) -> str:

@@ -29,27 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import InputRejected
+from engines.plan_constants import Constant, constants_from_program
+from engines.plan_program import Fields, Program, names, onnx_nodes
 
 AUDITED_VERSIONS = ((1, 7, 1, 116),)
 CARDS = (75, 80, 86, 89, 120, 121)
 NEWER_CARDS_BIT = 6
 HEADER_BYTES = 64
-PAYLOAD_ALIGNMENT = 128
-LITERALS = "_literal"  # ends the name of a region whose single numbers stand among the other constants
-OTHER_KERNELS = ("function", "runtime_fusion", "fully_connected")
+OTHER_KERNELS = ("function", "runtime_fusion")
 SDK_TAGS = {b"vtrt": "tensorrt_rtx", b"ftrt": "tensorrt"}
-NUMPY_DTYPES = {"half": "float16", "float": "float32", "int8": "int8", "int32": "int32", "int64": "int64"}
 
 _PROGRAM = re.compile(rb"header \{\n[^\x00]*")
-_BRACES = r'\{(?:[^{}"]|"[^"]*")*\}'
-for _ in range(3):  # a block holds lists, and a function's condition holds lists of its own
-    _BRACES = rf'\{{(?:[^{{}}"]|"[^"]*"|{_BRACES})*\}}'
-_FIELD = re.compile(rf'\b(\w+)\s*=\s*("[^"]*"|{_BRACES}|[^\s{{}}"]+)')
-_OPERATION = re.compile(rf"^  (\w+)=({_BRACES})", re.MULTILINE)
-_REGION = re.compile(r"^  region = \{ name=(\S+) .*constant=true", re.MULTILINE)
-_TF32 = re.compile(r"^  tf32=1$", re.MULTILINE)
-_QUOTED = re.compile(r'"([^"]*)"')
-_ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]\[]*)\]")
 
 
 class PlanRejected(InputRejected):
@@ -73,20 +63,8 @@ class Header:
 
 
 @dataclasses.dataclass(frozen=True)
-class Constant:
-    """A weight in the plan: ``dims`` and ``strides`` in elements, ``position`` in bytes from the file's start."""
-
-    name: str
-    dtype: str
-    dims: tuple[int, ...]
-    strides: tuple[int, ...]
-    position: int
-    size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvolutionKernel:
-    """One compiled convolution: the ONNX nodes in it, the dtypes that go in and out, and the constants it reads."""
+class WeightedKernel:
+    """A kernel that multiplies by weights: the ONNX nodes in it, the dtypes that go in and out, what it reads."""
 
     onnx_nodes: tuple[str, ...]
     input_dtype: str
@@ -98,14 +76,31 @@ class ConvolutionKernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class ConvolutionKernel(WeightedKernel):
+    """One compiled convolution; its weight stands as (out, in / groups, height, width)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixKernel(WeightedKernel):
+    """One compiled product of matrices: a Gemm, or a 1x1 convolution of many channels.
+
+    ``weight_first`` says whether the weight stands as (out, in), as the first factor does, or as (in, out).
+    """
+
+    weight_first: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class FunctionKernel:
     """Any other kernel, with the ONNX nodes in it and the constants it reads.
 
     Generated code may hold a small 1x1 convolution, and the bias of a convolution whose own kernel has none.
+    ``behind`` are the nodes whose results it reads, by the kernels that make them.
     """
 
     onnx_nodes: tuple[str, ...]
     constants: tuple[Constant, ...]
+    behind: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +109,7 @@ class Plan:
 
     header: Header
     convolutions: tuple[ConvolutionKernel, ...]
+    matrices: tuple[MatrixKernel, ...]
     functions: tuple[FunctionKernel, ...]
     constants: tuple[Constant, ...]
     tf32: bool
@@ -123,12 +119,16 @@ class Plan:
     @property
     def kernels(self) -> int:
         """How many kernels are launched on the card for one inference."""
-        return len(self.convolutions) + len(self.functions)
+        return len(self.convolutions) + len(self.matrices) + len(self.functions)
 
     def constants_of(self, node: str) -> list[Constant]:
         """Every constant that a kernel with the ONNX node in it reads."""
-        kernels: list[ConvolutionKernel | FunctionKernel] = [*self.convolutions, *self.functions]
+        kernels: list[WeightedKernel | FunctionKernel] = [*self.convolutions, *self.matrices, *self.functions]
         return [constant for kernel in kernels if node in kernel.onnx_nodes for constant in kernel.constants]
+
+    def constants_behind(self, node: str) -> list[Constant]:
+        """Every constant that generated code reads together with the result of a kernel with the ONNX node in it."""
+        return [constant for kernel in self.functions if node in kernel.behind for constant in kernel.constants]
 
     def array(self, constant: Constant) -> NDArray[Any]:
         """The constant's value with its ``dims``, a view of the file where the layout allows."""
@@ -206,20 +206,44 @@ def _plan_from_chunks(data: Any, header: Header) -> Plan:
     texts = [match.decode("latin-1") for match in _PROGRAM.findall(bytes(data[engine_start:engine_end]))]
     if not texts:
         raise ValueError("it holds no program")
-    main, *fusions = (_Program(text) for text in texts)
-    constants = _constants(main, weights_start, weights_end)
-    convolutions, functions = [], []
+    main, *fusions = (Program(text) for text in texts)
+    constants = constants_from_program(main, weights_start, weights_end)
+    convolutions, matrices, functions = [], [], []
+    made_by: dict[str, tuple[str, ...]] = {}
     for kind, fields in main.operations:
-        if kind == "corrltn":
-            convolutions.append(_convolution(main, fields, fields, constants))
-        elif kind == "runtime_fusion" and fields.get("backbone") == "conv":
-            program = _fusion_of(fusions, _onnx_nodes(fields))
-            inner = next(inner for inner_kind, inner in program.operations if inner_kind == "corrltn")
-            convolutions.append(_convolution(program, fields, inner, constants))
+        backbone = fields.get("backbone") if kind == "runtime_fusion" else None
+        if kind == "corrltn" or backbone == "conv":
+            convolutions.append(_convolution(*_launched("corrltn", kind, fields, main, fusions), fields, constants))
+        elif kind == "fully_connected" or backbone == "gemm":
+            matrices.append(_matrix(*_launched("fully_connected", kind, fields, main, fusions), fields, constants))
         elif kind in OTHER_KERNELS:
-            functions.append(FunctionKernel(_onnx_nodes(fields), _constants_read(fields, constants)))
-    tf32 = any(_TF32.search(text) for text in texts)
-    return Plan(header, tuple(convolutions), tuple(functions), tuple(constants.values()), tf32, data)
+            behind = frozenset(node for tensor in main.reads(fields) for node in made_by.get(main.base(tensor), ()))
+            functions.append(FunctionKernel(onnx_nodes(fields), _constants_read(main, fields, constants), behind))
+        made_by |= dict.fromkeys(map(main.base, main.writes(fields)), onnx_nodes(fields))
+    tf32 = any(program.tf32 for program in (main, *fusions))
+    return Plan(header, tuple(convolutions), tuple(matrices), tuple(functions), tuple(constants.values()), tf32, data)
+
+
+def _launched(
+    wanted: str, kind: str, launch: Fields, main: Program, fusions: Sequence[Program]
+) -> tuple[Program, Fields]:
+    """The operation of the ``wanted`` kind that a launch in ``main`` computes, itself or in a fused program of its own.
+
+    Returns:
+        The program that it stands in, and its fields there.
+    """
+    if kind == wanted:
+        return main, launch
+    nodes = set(onnx_nodes(launch))
+    found = [
+        (program, fields)
+        for program in fusions
+        for kind, fields in program.operations
+        if kind == wanted and nodes.intersection(onnx_nodes(fields))
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} fused programs stand for {', '.join(sorted(nodes))}")
+    return found[0]
 
 
 def _chunk(data: Any, index: int, tag: bytes) -> tuple[int, int]:
@@ -230,112 +254,39 @@ def _chunk(data: Any, index: int, tag: bytes) -> tuple[int, int]:
     return start, start + size
 
 
-class _Program:
-    """One program's text: its descriptors by tensor name, and the operations of its main block in order."""
-
-    def __init__(self, text: str) -> None:
-        header, _, rest = text.partition("\ndescriptors {")
-        descriptors, _, body = rest.partition("\nmain {")
-        regions = _REGION.findall(header)
-        self.constant_regions = frozenset(name + suffix for name in regions for suffix in ("", LITERALS))
-        self.descriptors = {}
-        for _, block in _OPERATION.findall(descriptors):
-            fields = _fields(block)
-            self.descriptors[fields["name"].strip('"')] = fields
-        self.operations = [(kind, _fields(block)) for kind, block in _OPERATION.findall(body.partition("\n}\n")[0])]
-
-    def dtype(self, tensor: str) -> str:
-        """The numpy name of a tensor's type, or the compiler's own name where numpy has none."""
-        kind = self.descriptors[tensor]["type"]
-        return NUMPY_DTYPES.get(kind, kind)
-
-
-def _fields(block: str) -> dict[str, str]:
-    return dict(_FIELD.findall(block[1:-1]))
-
-
-def _names(value: str) -> list[str]:
-    return _QUOTED.findall(value)
-
-
-def _numbers(value: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in value.strip("{} ").split())
-
-
-def _onnx_nodes(fields: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(_ONNX_LAYER.findall(fields.get("layers", "")))
-
-
-def _constants(program: _Program, start: int, end: int) -> dict[str, Constant]:
-    """Every constant with a payload, with its position: payloads stand in the order of their ``offset``.
-
-    Constants of one offset are equal, and stored once.
-    """
-    payloads: dict[int, list[tuple[str, dict[str, str]]]] = {}
-    for name, fields in program.descriptors.items():
-        if "const_payload_size" in fields and fields["region"].strip('"') in program.constant_regions:
-            payloads.setdefault(int(fields["offset"]), []).append((name, fields))
-    if sorted(payloads) != list(range(len(payloads))):
-        raise ValueError("its constants are not numbered one by one")
-    constants: dict[str, Constant] = {}
-    position = written_to = start
-    for rank in range(len(payloads)):
-        equal = [_constant(name, fields, position) for name, fields in payloads[rank]]
-        size = equal[0].size
-        if any(constant.size != size for constant in equal):
-            raise ValueError(f"constants of different sizes are stored as number {rank}")
-        constants |= {constant.name: constant for constant in equal}
-        written_to = position + size
-        position += -(-size // PAYLOAD_ALIGNMENT) * PAYLOAD_ALIGNMENT
-    if not written_to <= end <= position:
-        raise ValueError(f"its constants end at {written_to}, the chunk at {end}")
-    return constants
-
-
-def _constant(name: str, fields: Mapping[str, str], position: int) -> Constant:
-    dims, strides = _numbers(fields["dims"]), _numbers(fields["strides"])
-    size, kind = int(fields["const_payload_size"]), fields["type"]
-    if len(dims) != len(strides) or size < 0 or min(dims, default=1) < 1 or min(strides, default=0) < 0:
-        raise ValueError(f"the layout of constant {name} makes no sense")
-    dtype = NUMPY_DTYPES.get(kind)
-    if dtype is not None:
-        last = sum((extent - 1) * stride for extent, stride in zip(dims, strides, strict=True))
-        if (last + 1) * np.dtype(dtype).itemsize > size:
-            raise ValueError(f"constant {name} reaches past its {size} bytes")
-    return Constant(name, dtype or kind, dims, strides, position, size)
-
-
-def _fusion_of(fusions: Sequence[_Program], nodes: tuple[str, ...]) -> _Program:
-    """The program of the run-time fusion that computes the convolution among ``nodes``."""
-    found = [
-        program
-        for program in fusions
-        for kind, fields in program.operations
-        if kind == "corrltn" and set(_onnx_nodes(fields)) & set(nodes)
-    ]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} fused programs stand for {', '.join(nodes)}")
-    return found[0]
-
-
 def _convolution(
-    program: _Program, launch: Mapping[str, str], fields: Mapping[str, str], constants: Mapping[str, Constant]
+    program: Program, fields: Fields, launch: Fields, constants: Mapping[str, Constant]
 ) -> ConvolutionKernel:
     """A kernel from its launch in the main program and the ``corrltn`` inside (the same, where nothing is fused)."""
+    image, weight = names(fields["input"])[:2]
+    return ConvolutionKernel(*_weighted(program, fields, launch, constants, image, weight))
+
+
+def _matrix(program: Program, fields: Fields, launch: Fields, constants: Mapping[str, Constant]) -> MatrixKernel:
+    """As ``_convolution``, from a ``fully_connected``; of its two factors either may be the weight."""
+    factors = names(fields["input"])[:2]
+    first = factors[0] in constants and factors[1] not in constants
+    weight, other = factors if first else reversed(factors)
+    turned = fields.get("trA" if first else "trB") == "true"
+    return MatrixKernel(*_weighted(program, fields, launch, constants, other, weight), weight_first=first != turned)
+
+
+def _weighted(
+    program: Program, fields: Fields, launch: Fields, constants: Mapping[str, Constant], source: str, weight: str
+) -> tuple[tuple[str, ...], str, str, str, bool, Constant | None, tuple[Constant, ...]]:
+    """The fields of a ``WeightedKernel`` in their order."""
     fused = launch is not fields
-    inputs = _names(fields["input"])
-    output = _names(program.operations[-1][1]["output"] if fused else fields["output"])[0]
-    return ConvolutionKernel(
-        onnx_nodes=_onnx_nodes(launch),
-        input_dtype=program.dtype(inputs[0]),
-        weight_dtype=program.dtype(inputs[1]),
-        output_dtype=program.dtype(output),
-        relu=fields.get("relu") == "true" or (fused and any(kind == "relu" for kind, _ in program.operations)),
-        weight=constants.get(inputs[1]),
-        constants=_constants_read(launch, constants),
+    result = program.writes(program.operations[-1][1] if fused else fields)[0]
+    return (
+        onnx_nodes(launch),
+        program.dtype(source),
+        program.dtype(weight),
+        program.dtype(result),
+        fields.get("relu") == "true" or (fused and any(kind == "relu" for kind, _ in program.operations)),
+        constants.get(weight),
+        _constants_read(program, launch, constants),
     )
 
 
-def _constants_read(launch: Mapping[str, str], constants: Mapping[str, Constant]) -> tuple[Constant, ...]:
-    names = _names(launch.get("input_args") or launch.get("input") or "")
-    return tuple(constants[name] for name in names if name in constants)
+def _constants_read(program: Program, launch: Fields, constants: Mapping[str, Constant]) -> tuple[Constant, ...]:
+    return tuple(constants[name] for name in program.reads(launch) if name in constants)

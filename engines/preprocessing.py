@@ -26,6 +26,7 @@ from engines.backends.backend import TensorDescription
 from engines.errors import InputRejected, SdkMissing, first_line
 from engines.json_value import Malformed, value_from_bytes
 from engines.manifest import Manifest
+from engines.sizes import size_and_range_from_text
 
 CROP = 0.875
 MODES = {1: "L", 3: "RGB"}
@@ -92,13 +93,15 @@ def preprocessing_from_metadata(
     try:
         value = value_from_bytes(metadata["assumptions"])
         mean, std = (_numbers(value.field(name).text()) for name in ("mean", "std"))
-        height, _, width = value.field("size").text().partition("x")
-        size = (int(height), int(width))
+        size, sizes = size_and_range_from_text(value.field("size").text())
     except (Malformed, ValueError) as error:
         raise InputRejected(f"{where}: metadata assumptions: {first_line(error)}; export it again") from error
     made = (description.shape[1], *size)
     found = Preprocessing(mean, std, size, description.shape[1] or len(mean))
-    if any(fixed not in (None, extent) for fixed, extent in zip(description.shape[1:], made, strict=True)):
+    is_free = description.shape[2:] == (None, None)
+    if any(fixed not in (None, extent) for fixed, extent in zip(description.shape[1:], made, strict=True)) or (
+        sizes is not None and not is_free
+    ):
         raise InputRejected(f"{where}: its input is {description.shape}, its metadata say {size}; export it again")
     return _checked(found, where)
 

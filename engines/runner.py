@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends import Source, backend_for
-from engines.backends.backend import Arrays, Backend, TensorDescription
+from engines.backends.backend import Arrays, Backend, Profile, TensorDescription, check_extents
 from engines.errors import InputRejected, UsageError
 from engines.integrity import checked_engine
 from engines.kind import ONNX, kind_of_file
@@ -81,6 +81,7 @@ class Runner:
             for description in backend.inputs
         )
         self._minimum, self._maximum = backend.batch
+        self._profile: Profile = getattr(backend, "profile", {})
         self._limit = math.inf if self._maximum is None else self._maximum
         self.inputs: tuple[TensorDescription, ...] = backend.inputs
         self.outputs: tuple[TensorDescription, ...] = backend.outputs
@@ -163,6 +164,8 @@ class Runner:
             shape = array.shape
             if array.dtype != dtype or not (shape[1:] == row if fixed else _fits(shape[1:], row)) or not shape:
                 raise _unexpected(array, description)
+            if not fixed:
+                check_extents(description.name, shape, self._profile)
             if rows not in (-1, shape[0]):
                 raise UsageError(f"{description.name}: a batch of {shape[0]}, and {rows} before it; give one batch")
             rows = shape[0]

@@ -1,8 +1,9 @@
 """Writes what ``engines.manifest`` reads: an engine's sidecar, from the typed ONNX file that it was compiled from.
 
 The exporter puts into that file's metadata what its tensors do not say: ``precision``, ``checkpoint_sha256``, and the
-``assumptions`` as JSON, among them ``mean``, ``std`` (comma-separated, in units of 0..1) and ``size`` (HxW). A sidecar
-needs nothing else, and a machine with a GPU makes the same one as the machine that exported.
+``assumptions`` as JSON, among them ``mean``, ``std`` (comma-separated, in units of 0..1) and ``size`` (HxW, or three of
+them where height and width are free). A sidecar needs nothing else, and a machine with a GPU makes the same one as the
+machine that exported.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engines.backends.backend import TensorDescription
-from engines.compiler import Options
+from engines.compiler import Options, profile_shapes
 from engines.errors import InputRejected
 from engines.golden import GOLDEN_NAME
 from engines.manifest import Manifest
@@ -23,20 +24,25 @@ from engines.onnx_file import OnnxFile
 from engines.parity import GATES
 from engines.plan import Header
 from engines.sdk import gpu_compute_capability
+from engines.sizes import Size, Sizes, size_and_range_from_text, text_of_sizes
 
-BATCH = "N"
+BATCH, HEIGHT, WIDTH = "N", "height", "width"
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a typed ONNX file comes from, by its metadata; ``size`` is (height, width), mean and std per channel."""
+    """Where a typed ONNX file comes from, by its metadata; mean and std are per channel.
+
+    ``sizes`` has minimum, optimum and maximum where height and width are free; ``size`` is then the optimum.
+    """
 
     precision: str
     checkpoint_sha256: str
     assumptions: dict[str, str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    size: tuple[int, int]
+    size: Size
+    sizes: Sizes | None
 
 
 def origin_from_onnx(onnx: OnnxFile) -> Origin:
@@ -62,14 +68,20 @@ def origin_from_onnx(onnx: OnnxFile) -> Origin:
         raise rejected("its assumptions are not JSON with mean, std and size")
     origin = Origin(precision, checkpoint, *assumptions)
     shapes = [value.shape for value in onnx.inputs]
-    if shapes != [(None, len(origin.mean), *origin.size)] or len(origin.std) != len(origin.mean):
+    size = origin.size if origin.sizes is None else (None, None)
+    if shapes != [(None, len(origin.mean), *size)] or len(origin.std) != len(origin.mean):
         raise rejected(f"its input {shapes} is not images as its assumptions have them")
-    if not onnx.outputs or any(None in value.shape[1:] for value in onnx.outputs):
+    if not onnx.outputs or not all(_is_known(value.shape, origin.sizes) for value in onnx.outputs):
         raise rejected("its outputs have no fixed shape")
     return origin
 
 
-_Assumed = tuple[dict[str, str], tuple[float, ...], tuple[float, ...], tuple[int, int]]
+def _is_known(shape: tuple[int | None, ...], sizes: Sizes | None) -> bool:
+    """Whether only the batch of an output is free, and, where images are of any size, a feature map's size."""
+    return None not in (shape[1:] if sizes is None or len(shape) != 4 else shape[1:2])
+
+
+_Assumed = tuple[dict[str, str], tuple[float, ...], tuple[float, ...], Size, Sizes | None]
 
 
 def _assumptions(text: str) -> _Assumed | None:
@@ -77,12 +89,12 @@ def _assumptions(text: str) -> _Assumed | None:
     try:
         values = {str(key): str(value) for key, value in json.loads(text).items()}
         mean, std = (tuple(float(number) for number in values[key].split(",")) for key in ("mean", "std"))
-        height, width = (int(side) for side in values["size"].split("x"))
+        size, sizes = size_and_range_from_text(values["size"])
     except (ValueError, KeyError, AttributeError, RecursionError):
         return None
     if not all(math.isfinite(number) for number in (*mean, *std)) or min(std) <= 0:
         return None
-    return values, mean, std, (height, width)
+    return values, mean, std, size, sizes
 
 
 def compute_capabilities(header: Header, options: Options | None = None) -> tuple[int, ...]:
@@ -105,6 +117,7 @@ def manifest_from_build(
     cards: tuple[int, ...],
     batch: tuple[int, int, int],
     audit: Mapping[str, Any],
+    sizes: Sizes | None = None,
 ) -> Manifest:
     """What stands in the sidecar of an engine.
 
@@ -116,32 +129,39 @@ def manifest_from_build(
         cards: see ``compute_capabilities``.
         batch: minimum, optimum and maximum of the profile.
         audit: of the engine against ``onnx``, as ``Audit.record`` gives it.
+        sizes: minimum, optimum and maximum of the profile; None for what the file says.
 
     Raises:
-        InputRejected: see ``origin_from_onnx``.
+        InputRejected: see ``origin_from_onnx``; or ``sizes`` are given for a file of a fixed size.
     """
     origin = origin_from_onnx(onnx)
+    sizes = sizes or origin.sizes
+    size = origin.size if sizes is None else sizes[1]
+    assumptions = origin.assumptions if sizes is None else {**origin.assumptions, "size": text_of_sizes(sizes)}
+    try:
+        profile = {value.name: tuple(profile_shapes(value.name, value.shape, batch, sizes)) for value in onnx.inputs}
+    except ValueError as error:
+        raise InputRejected(f"{onnx.path}: {error}") from error
     return Manifest(
         name=name,
         precision=origin.precision,
         sha256={"checkpoint": origin.checkpoint_sha256, "onnx": sha256["onnx"], "engine": sha256["engine"]},
         sdk=dict(sdk),
         compute_capabilities=cards,
-        inputs=tuple(_described(value) for value in onnx.inputs),
-        outputs=tuple(_described(value) for value in onnx.outputs),
-        profile={value.name: tuple((size, *_fixed(value)) for size in batch) for value in onnx.inputs},
-        preprocessing={"mean": origin.mean, "std": origin.std, "size": origin.size, "channels": len(origin.mean)},
-        assumptions=origin.assumptions,
+        inputs=tuple(_described(value, (BATCH, "", HEIGHT, WIDTH)) for value in onnx.inputs),
+        outputs=tuple(
+            _described(value, (BATCH, "", f"{value.name}_{HEIGHT}", f"{value.name}_{WIDTH}")) for value in onnx.outputs
+        ),
+        profile=profile,
+        preprocessing={"mean": origin.mean, "std": origin.std, "size": size, "channels": len(origin.mean)},
+        assumptions=assumptions,
         tolerance=GATES[origin.precision].max_relative_error,
         audit=dict(audit),
         golden=GOLDEN_NAME,
     )
 
 
-def _described(value: TensorDescription) -> dict[str, Any]:
-    return {"name": value.name, "dtype": value.dtype, "shape": [BATCH, *_fixed(value)]}
-
-
-def _fixed(value: TensorDescription) -> tuple[int, ...]:
-    """The shape of one image or one answer, without the batch."""
-    return tuple(extent for extent in value.shape[1:] if extent is not None)
+def _described(value: TensorDescription, symbols: tuple[str, ...]) -> dict[str, Any]:
+    """An input or output; a free extent is told by its name among ``symbols``, which are of a feature map's axes."""
+    shape = [symbols[axis] if extent is None else extent for axis, extent in enumerate(value.shape)]
+    return {"name": value.name, "dtype": value.dtype, "shape": shape}

@@ -213,7 +213,7 @@ def _telling_golden(path: pathlib.Path) -> Golden:
     golden = golden_from_file(path)
     if golden.contrast <= LEAST_CONTRAST:
         raise InputRejected(
-            f"{path}: two answers or all classes are the same, so a mix-up could not be seen; export with other images"
+            f"{path}: two answers or all values are the same, so a mix-up could not be seen; export with other images"
         )
     return golden
 
@@ -246,19 +246,21 @@ def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: 
     """Runs the golden images and holds the answers against the gate."""
     try:
         golden = _telling_golden(golden_path)
-        answers = _answers(runner, golden)
+        answers = golden.joined(_answers(runner, golden))
         comparison = compare(golden.outputs, answers)
     except (InputRejected, ValueError) as error:
         return finding(passed=False, detail=_without(golden_path, error))
+    gate = golden.layout.gate(gate)
     failure = gate.failure(comparison)
     mixed_up = [] if failure else golden.mixed_up(answers)
     if mixed_up:
         failure = f"answer {mixed_up[0]} is nearer to that of another image: rows are mixed up, or all alike"
-    same = comparison.rows - len(comparison.flips)
     detail = (
-        f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
-        f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {same} of {comparison.rows}"
+        f"{_worst_of(golden, answers)}relative error {comparison.relative_error:.1e} "
+        f"(gate {gate.max_relative_error:.1e}), SQNR {comparison.sqnr_db:.1f} dB"
     )
+    if golden.layout.ranked:
+        detail += f", top-1 agrees on {comparison.rows - len(comparison.flips)} of {comparison.rows}"
     if not golden.tells_apart(gate):
         detail += "; a constant answer would pass, too: export with --calib for vectors that tell more"
     return finding(
@@ -269,13 +271,19 @@ def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: 
     )
 
 
-def _answers(runner: Runner, golden: Golden) -> NDArray[np.floating]:
-    """The outputs for the golden images, one alone and then the others together."""
-    if len(runner.inputs) != 1 or len(runner.outputs) != 1:
-        raise InputRejected(f"{len(runner.inputs)} inputs and {len(runner.outputs)} outputs; expected one each")
+def _worst_of(golden: Golden, answers: NDArray[np.floating]) -> str:
+    """Which of several outputs the relative error is that of; nothing where there is one."""
+    count = len(golden.shapes)
+    return f"{count} outputs, the worst is {golden.worst_output(answers)}: " if count > 1 else ""
+
+
+def _answers(runner: Runner, golden: Golden) -> dict[str, NDArray[np.floating]]:
+    """All outputs for the golden images, one alone and then the others together."""
+    if len(runner.inputs) != 1:
+        raise InputRejected(f"{len(runner.inputs)} inputs; expected one")
     parts = [images for images in (golden.images[:1], golden.images[1:]) if len(images)]
-    outputs = [runner.run({runner.inputs[0].name: images})[runner.outputs[0].name] for images in parts]
-    return np.concatenate(outputs)
+    outputs = [runner.run({runner.inputs[0].name: images}) for images in parts]
+    return {name: np.concatenate([part[name] for part in outputs]) for name in outputs[0]}
 
 
 def _without(path: pathlib.Path, error: BaseException) -> str:

@@ -23,7 +23,9 @@ def export(
     *,
     onnx: bool = True,
     trt: Sequence[str] = (),
-    size: int | tuple[int, int] = 224,
+    size: int | str | tuple[int, int] = 224,
+    features: Sequence[int] = (),
+    weights: str | None = None,
     batch: tuple[int, int, int] = (1, 8, 32),
     strides: Sequence[int] | None = None,
     eps: float | None = None,
@@ -50,7 +52,10 @@ def export(
         out: the directory to write; by default one named after the checkpoint, in the working directory.
         onnx: whether to write ``<stem>.onnx``.
         trt: precisions to write ``<stem>.P.onnx`` and ``<stem>.P.engine`` in, of "fp32", "fp16".
-        size: image height and width in pixels, or one number for both.
+        size: image height and width in pixels, or one number for both; or a text as the command line takes it, such as
+            "160:224:320" for a dynamic height and width.
+        features: stages whose results are exported instead of the classifier's, such as (1, 2, 3, 4).
+        weights: "ema" or "raw", where the file holds both; None takes the averaged ones.
         batch: minimum, optimum and maximum batch of an engine.
         strides: of the first block of stage0 to stage4; None infers them from the tensors.
         eps: the batch norms' epsilon; None takes the lineage's.
@@ -80,16 +85,20 @@ def export(
     """
     from engines.interrupts import Uninterrupted
     from exporter.errors import VerificationFailed
-    from exporter.request import Request
+    from exporter.request import Request, sizes_from_text
     from exporter.run import report_from_request
 
     checkpoint = pathlib.Path(path)
+    wanted, size_range = sizes_from_text(size) if isinstance(size, str) else (size, None)
     request = Request(
         path=checkpoint,
         out=pathlib.Path(out) if out is not None else pathlib.Path(checkpoint.stem),
         onnx=onnx,
         trt=tuple(trt),
-        size=(size, size) if isinstance(size, int) else size,
+        size=(wanted, wanted) if isinstance(wanted, int) else wanted,
+        size_range=size_range,
+        features=tuple(features),
+        weights=weights,
         batch=batch,
         strides=None if strides is None else tuple(strides),
         eps=eps,

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from exporter.architecture import OUTPUT
 from exporter.dataset import Dataset
 from exporter.ledger import Run
 from exporter.report import AccuracyRow, Check
@@ -32,14 +33,14 @@ def accuracy_from_labels(
     Args:
         dataset: the images; they are read as a stream.
         labels: (N,) classes.
-        networks: by precision, "fp32" among them; each (n, C, H, W) to (n, classes).
+        networks: by precision, "fp32" among them; each a classifier.
         progress: told the images done.
     """
     named = {precision: np.empty(dataset.count, np.int64) for precision in networks}
     done = 0
     for batch in dataset.batches(IMAGES_AT_ONCE):
         for precision, run in networks.items():
-            named[precision][done : done + len(batch)] = run(batch).argmax(axis=1)
+            named[precision][done : done + len(batch)] = run(batch)[OUTPUT].argmax(axis=1)
         done += len(batch)
         progress("top-1", done, dataset.count)
     return tuple(row_from_answers(precision, answers, named[BASELINE], labels) for precision, answers in named.items())

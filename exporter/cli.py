@@ -20,11 +20,13 @@ from exporter.errors import (
 )
 from exporter.request import (
     PRECISION_NAMES,
+    WEIGHTS,
     Request,
     batch_from_text,
     cards_from_text,
+    features_from_text,
     floats_from_text,
-    size_from_text,
+    sizes_from_text,
     strides_from_text,
 )
 from exporter.version import VERSION
@@ -63,7 +65,17 @@ def _parser() -> Parser:
     precisions = ", ".join(PRECISION_NAMES)
     made.add_argument("--trt", action="append", metavar="P[,P]", help=f"write an engine per precision, of {precisions}")
     made.add_argument("--out", type=pathlib.Path, help="directory to write (default: ./<checkpoint stem>)")
-    made.add_argument("--size", default="224", metavar="N|HxW", help="image size in pixels (default: 224)")
+    made.add_argument(
+        "--size",
+        default="224",
+        metavar="N|HxW|MIN:OPT:MAX",
+        help="image size in pixels (default: 224); three sizes make height and width dynamic",
+    )
+    made.add_argument(
+        "--features",
+        metavar="S[,S]",
+        help="export the feature maps of these stages, as in 1,2,3,4, not the classifier",
+    )
     made.add_argument("--batch", default="1:8:32", metavar="MIN:OPT:MAX", help="an engine's batches (default: 1:8:32)")
     made.add_argument(
         "--sdk", help="tensorrt (needs a GPU) or tensorrt_rtx (default: the first that this machine can use)"
@@ -98,6 +110,11 @@ def _parser() -> Parser:
 def add_assumptions(parser: argparse.ArgumentParser) -> None:
     """The flags that say what no tensor does."""
     told = parser.add_argument_group("what the tensors cannot tell")
+    told.add_argument(
+        "--weights",
+        metavar="|".join(WEIGHTS),
+        help="of two sets in a file: the averaged ones (default) or the raw",
+    )
     told.add_argument("--strides", metavar="S,S,S,S,S", help="stride of the first block of stage0 to stage4")
     told.add_argument("--eps", metavar="E", help="epsilon of the batch norms (default: that of the lineage's code)")
     told.add_argument(
@@ -109,9 +126,9 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
 
 
 def assumptions_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a ``Request`` that ``add_assumptions`` and ``--size`` are about."""
+    """The fields of a ``Request`` that ``add_assumptions`` is about."""
     return {
-        "size": size_from_text(arguments.size),
+        "weights": arguments.weights,
         "strides": None if arguments.strides is None else strides_from_text(arguments.strides),
         "eps": None if arguments.eps is None else _one_number("--eps", arguments.eps, "1e-5"),
         "arch": arguments.arch,
@@ -133,11 +150,15 @@ def add_output(parser: argparse.ArgumentParser) -> Any:
 def _request(arguments: argparse.Namespace) -> Request:
     checkpoint: pathlib.Path = arguments.checkpoint
     trt = [name.strip() for names in arguments.trt or [] for name in names.split(",")]
+    size, size_range = sizes_from_text(arguments.size)
     return Request(
         path=checkpoint,
         out=arguments.out or pathlib.Path(checkpoint.stem or "exported"),
         onnx=arguments.onnx or not trt,
+        features=() if arguments.features is None else features_from_text(arguments.features),
         trt=tuple(trt),
+        size=size,
+        size_range=size_range,
         batch=batch_from_text(arguments.batch),
         calibration=arguments.calib,
         labels=arguments.labels,

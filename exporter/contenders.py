@@ -26,12 +26,12 @@ from engines.runner import load
 from exporter.checkpoint import checkpoint_from_path, is_checkpoint
 from exporter.errors import InputRejected, NotFinite, VerificationFailed, listed
 from exporter.ledger import Run
-from exporter.model import logits
+from exporter.model import outputs_of_network
 from exporter.onnx_file import graph_from_file
 from exporter.onnx_graph import Graph, checked
 from exporter.onnxruntime_cpu import session_from_file, session_from_graph
 from exporter.precisions import PRECISIONS
-from exporter.repvgg import repvgg_from_checkpoint
+from exporter.repvgg import network_from_checkpoint
 from exporter.request import Request
 
 OPERATIONS = (
@@ -53,7 +53,8 @@ class Contender:
         precision: of EXACTNESS.
         shape: of the input without the batch, None where it is not fixed.
         largest: the largest batch that it is made for; 0 where there is none.
-        opened: a context manager that gives what runs (n, C, H, W) to (n, classes).
+        outputs: the names of its outputs, in order.
+        opened: a context manager that gives what runs (n, C, H, W) to the outputs by name.
     """
 
     path: pathlib.Path
@@ -61,6 +62,7 @@ class Contender:
     precision: str
     shape: tuple[int | None, ...]
     largest: int
+    outputs: tuple[str, ...]
     opened: Callable[[], contextlib.AbstractContextManager[Run]]
 
     @property
@@ -103,23 +105,25 @@ def contender_from_path(path: pathlib.Path, request: Request) -> Contender:
 
 def _checkpoint(path: pathlib.Path, request: Request) -> Contender:
     try:
-        architecture, tensors = repvgg_from_checkpoint(checkpoint_from_path(path), request)
+        network = network_from_checkpoint(checkpoint_from_path(path, request.weights), request)
     except NotFinite as error:
         raise VerificationFailed(str(error)) from error
+    architecture = network.architecture
 
-    def run(batch: NDArray[np.float32]) -> NDArray[np.floating]:
-        outputs: NDArray[np.float64] = logits(architecture, tensors, torch.from_numpy(batch).double()).numpy()
-        return outputs
+    def run(batch: NDArray[np.float32]) -> dict[str, NDArray[np.floating]]:
+        outputs = outputs_of_network(architecture, network.tensors, torch.from_numpy(batch).double())
+        return {name: value.numpy() for name, value in outputs.items()}
 
     shape = (architecture.in_channels, *request.size)
-    return Contender(path, "checkpoint", "float64", shape, 0, lambda: contextlib.nullcontext(run))
+    names = tuple(output.name for output in architecture.outputs)
+    return Contender(path, "checkpoint", "float64", shape, 0, names, lambda: contextlib.nullcontext(run))
 
 
 def _onnx(path: pathlib.Path) -> Contender:
     graph = graph_from_file(path)
     _check_graph(graph, path)
     inputs = [value for value in graph.structure.graph.input if value.name not in graph.weights]
-    names = inputs[0].name, graph.structure.graph.output[0].name
+    image, outputs = inputs[0].name, tuple(value.name for value in graph.structure.graph.output)
     batch, *shape = _shape(inputs[0], path)
     try:
         checked(graph)
@@ -129,28 +133,23 @@ def _onnx(path: pathlib.Path) -> Contender:
     if half:
         inferred = Graph(onnx.shape_inference.infer_shapes(graph.structure), graph.weights)
         twin = next(precision.twin for precision in PRECISIONS if precision.name == "fp16")
-        session = functools.partial(session_from_graph, twin(inferred) if twin else inferred, names)
+        session = functools.partial(session_from_graph, twin(inferred) if twin else inferred, image)
     else:
-        session = functools.partial(session_from_file, path, names)
+        session = functools.partial(session_from_file, path, image)
 
     @contextlib.contextmanager
     def opened() -> Iterator[Run]:
         yield functools.partial(_in_batches_of, batch, session().run)
 
-    return Contender(path, "ONNX", "fp16" if half else "fp32", tuple(shape), batch or 0, opened)
+    return Contender(path, "ONNX", "fp16" if half else "fp32", tuple(shape), batch or 0, outputs, opened)
 
 
 def _engine(path: pathlib.Path) -> Contender:
     @contextlib.contextmanager
     def opened() -> Iterator[Run]:
         with load(path) as runner:
-            source, target = runner.inputs[0].name, runner.outputs[0].name
-
-            def run(batch: NDArray[np.float32]) -> NDArray[np.floating]:
-                found: NDArray[np.float32] = runner.run({source: batch})[target]
-                return found
-
-            yield run
+            source = runner.inputs[0].name
+            yield lambda batch: runner.run({source: batch})
 
     manifest = checked_engine(path)[1]
     if manifest is None:
@@ -159,8 +158,11 @@ def _engine(path: pathlib.Path) -> Contender:
         raise InputRejected(
             f"{path}: its precision is {manifest.precision}; this version compares {', '.join(EXACTNESS[1:])}"
         )
-    profile = manifest.profile[manifest.inputs[0]["name"]]
-    return Contender(path, "engine", manifest.precision, tuple(profile[2][1:]), profile[2][0], opened)
+    (image,) = manifest.inputs
+    shape = tuple(extent if isinstance(extent, int) else None for extent in image["shape"][1:])
+    names = tuple(output["name"] for output in manifest.outputs)
+    largest = manifest.profile[image["name"]][2][0]
+    return Contender(path, "engine", manifest.precision, shape, largest, names, opened)
 
 
 def _check_graph(graph: Graph, path: pathlib.Path) -> None:
@@ -173,9 +175,9 @@ def _check_graph(graph: Graph, path: pathlib.Path) -> None:
     if bad:
         raise VerificationFailed(f"{path}: weight {listed(bad, 3)}: NaN or infinite; export it again")
     inputs = [value for value in graph.structure.graph.input if value.name not in graph.weights]
-    if len(inputs) != 1 or len(graph.structure.graph.output) != 1:
+    if len(inputs) != 1 or not graph.structure.graph.output:
         raise VerificationFailed(
-            f"{path}: {len(inputs)} inputs and {len(graph.structure.graph.output)} outputs; a RepVGG has one of each"
+            f"{path}: {len(inputs)} inputs and {len(graph.structure.graph.output)} outputs; a RepVGG has one input"
         )
 
 
@@ -189,7 +191,7 @@ def _shape(value: onnx.ValueInfoProto, path: pathlib.Path) -> list[int | None]:
     return shape
 
 
-def _in_batches_of(size: int | None, run: Run, batch: NDArray[np.float32]) -> NDArray[np.floating]:
+def _in_batches_of(size: int | None, run: Run, batch: NDArray[np.float32]) -> Mapping[str, NDArray[Any]]:
     """For a graph whose batch is fixed: in parts of ``size``, the last one filled up with its first image."""
     if size is None:
         return run(batch)
@@ -197,8 +199,8 @@ def _in_batches_of(size: int | None, run: Run, batch: NDArray[np.float32]) -> ND
     for start in range(0, len(batch), size):
         part = batch[start : start + size]
         filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-        parts.append(run(filled)[: len(part)])
-    return np.concatenate(parts)
+        parts.append({name: value[: len(part)] for name, value in run(filled).items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _strings(text: str) -> dict[str, str]:

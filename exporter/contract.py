@@ -1,11 +1,12 @@
 """The graph contract: what an ONNX file on the disk must be, held against the plain network that it was made from.
 
 body     per block exactly one Conv and one ReLU on its result, in the order of the network, and nothing else;
-         with SE, between the two: pooling, Conv, ReLU, Conv, Sigmoid, Mul
-head     one GlobalAveragePool, one Flatten or Reshape, one Gemm
+         with SE, between the two or behind them: pooling, Conv, ReLU, Conv, Sigmoid, Mul
+head     one GlobalAveragePool, one Flatten or Reshape, one Gemm; nothing of it in a backbone
+outputs  the classifier's, or the results of the blocks that were asked for, each under its name
 typed    Casts, only where float32 and half meet
 numbers  each Conv's stride, padding and groups are the block's; every weight has the bits of the fused one, in the
-         type that was asked for
+         type that was asked for, times the power of two that its channels were rescaled by (``exporter.weights``)
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import helper
 
-from exporter.architecture import Architecture, Block
+from exporter.architecture import OUTPUT, Architecture, Block
 from exporter.errors import ReportedError
 from exporter.onnx_file import graph_from_file
-from exporter.onnx_graph import INPUT, OUTPUT, checked, without_declarations
+from exporter.onnx_graph import INPUT, checked, without_declarations
+from exporter.weights import weight_problems
 
 SE_OPERATIONS = {"GlobalAveragePool": 1, "Conv": 2, "Relu": 1, "Sigmoid": 1, "Mul": 1}
 
@@ -38,13 +39,18 @@ def expected_counts(architecture: Architecture) -> dict[str, int]:
     """The operations of the float32 graph of ``architecture``."""
     se_blocks = sum(block.se_channels is not None for block in architecture.blocks)
     counts = collections.Counter({"Conv": len(architecture.blocks), "Relu": len(architecture.blocks)})
-    counts.update({"GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1})
+    if architecture.classes is not None:
+        counts.update({"GlobalAveragePool": 1, "Flatten": 1, "Gemm": 1})
     counts.update({operation: count * se_blocks for operation, count in SE_OPERATIONS.items() if se_blocks})
     return dict(counts)
 
 
 def contract_problems(
-    path: pathlib.Path, architecture: Architecture, weights: Mapping[str, NDArray[np.float32]], half: Collection[str]
+    path: pathlib.Path,
+    architecture: Architecture,
+    weights: Mapping[str, NDArray[np.float32]],
+    half: Collection[str],
+    exponents: Mapping[str, NDArray[np.int64]],
 ) -> list[str]:
     """Reads the file back and says everything that differs from what it must be; an empty list is a pass.
 
@@ -53,6 +59,7 @@ def contract_problems(
         architecture: of the plain network.
         weights: the fused float32 weights by their names in the graph.
         half: the names of those that must stand in the file rounded to float16.
+        exponents: by the name of a Conv, the powers of two (C,) that the channels of its result were multiplied by.
     """
     try:
         graph = checked(graph_from_file(path))
@@ -63,13 +70,14 @@ def contract_problems(
         *_count_problems(model, architecture),
         *_interface_problems(model, architecture),
         *_wiring_problems(model, architecture),
-        *_weight_problems(graph.weights, weights, half),
+        *weight_problems(graph.weights, architecture, weights, half, exponents),
     ]
 
 
 def _count_problems(model: onnx.ModelProto, architecture: Architecture) -> list[str]:
     found, expected = operation_counts(model), expected_counts(architecture)
-    found["Flatten"] = found.get("Flatten", 0) + found.pop("Reshape", 0)
+    if architecture.classes is not None:
+        found["Flatten"] = found.get("Flatten", 0) + found.pop("Reshape", 0)
     found.pop("Cast", None)
     different = sorted(op for op in found.keys() | expected.keys() if found.get(op, 0) != expected.get(op, 0))
     return [f"{found.get(op, 0)} {op} where {expected.get(op, 0)} belong" for op in different]
@@ -83,8 +91,15 @@ def _interface_problems(model: onnx.ModelProto, architecture: Architecture) -> l
     problems = []
     if described(model.graph.input) != [(INPUT, onnx.TensorProto.FLOAT, 4, architecture.in_channels)]:
         problems.append(f"its input is not {INPUT}, float32 (N, {architecture.in_channels}, H, W)")
-    if described(model.graph.output) != [(OUTPUT, onnx.TensorProto.FLOAT, 2, architecture.classes)]:
-        problems.append(f"its output is not {OUTPUT}, float32 (N, {architecture.classes})")
+    outputs = [
+        (output.name, onnx.TensorProto.FLOAT, 2 if output.block is None else 4, output.channels)
+        for output in architecture.outputs
+    ]
+    if described(model.graph.output) != outputs:
+        shapes = (
+            f"{name}, float32 (N, {channels}{', H, W' if rank == 4 else ''})" for name, _, rank, channels in outputs
+        )
+        problems.append(f"its outputs are not {' and '.join(shapes)}")
     if not model.graph.input or not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         problems.append("its batch is not dynamic")
     return problems
@@ -122,23 +137,69 @@ def _wiring_problems(model: onnx.ModelProto, architecture: Architecture) -> list
             problems.append(f"{conv.name} does not read {source}")
         if list(conv.input[1:]) != [f"{block.name}.weight", f"{block.name}.bias"]:
             problems.append(f"{conv.name} does not read its own weight and bias")
-        if _geometry(conv) != ([block.stride] * 2, [1] * 4, block.groups, [1, 1]):
+        if _geometry(conv) != ([block.stride] * 2, [block.padding] * 4, block.groups, [1, 1]):
             problems.append(f"{conv.name} has (strides, pads, group, dilations) {_geometry(conv)}")
-        problems += _relu_problems(wires, block, relu)
-        source = relu.output[0]
-    return [*problems, *_head_problems(wires, source)]
+        problems += _activation_problems(wires, block, relu)
+        last = (
+            relu if block.se_channels is None or not block.se_after_activation else wires.by_name.get(_product(block))
+        )
+        if last is None:
+            problems.append(f"{block.name} has no product of its SE")
+            break
+        source = last.output[0]
+        output = next((output for output in architecture.outputs if output.block == block.name), None)
+        if output is not None and wires.source(output.name) != source:
+            problems.append(f"{output.name} is not the result of {block.name}")
+    return problems if architecture.classes is None else [*problems, *_head_problems(wires, source)]
 
 
-def _relu_problems(wires: _Wires, block: Block, relu: onnx.NodeProto) -> list[str]:
-    before = relu.input[0]
-    if block.se_channels is not None:
-        scaled = wires.maker.get(wires.source(before))
-        if scaled is None or scaled.op_type != "Mul" or len(scaled.input) != 2:
-            return [f"{relu.name} does not read its SE's product"]
-        if not wires.made_by(scaled.input[1], f"{block.name}/se/Sigmoid", "Sigmoid"):
-            return [f"{scaled.name} does not read its SE's Sigmoid"]
-        before = scaled.input[0]
-    return [] if wires.made_by(before, f"{block.name}/Conv", "Conv") else [f"{relu.name} does not read its own Conv"]
+def _product(block: Block) -> str:
+    return f"{block.name}/se/Mul"
+
+
+def _activation_problems(wires: _Wires, block: Block, relu: onnx.NodeProto) -> list[str]:
+    """Whether the block's Conv, ReLU and SE come in the order of its family."""
+    conv = f"{block.name}/Conv"
+    if block.se_channels is None:
+        return [] if wires.made_by(relu.input[0], conv, "Conv") else [f"{relu.name} does not read its own Conv"]
+    if block.se_after_activation:
+        if not wires.made_by(relu.input[0], conv, "Conv"):
+            return [f"{relu.name} does not read its own Conv"]
+        return _product_problems(wires, block, wires.by_name.get(_product(block)), (relu.name, "Relu"))
+    scaled = wires.maker.get(wires.source(relu.input[0]))
+    if scaled is None or scaled.op_type != "Mul":
+        return [f"{relu.name} does not read its SE's product"]
+    return _product_problems(wires, block, scaled, (conv, "Conv"))
+
+
+def _product_problems(wires: _Wires, block: Block, product: onnx.NodeProto | None, whole: tuple[str, str]) -> list[str]:
+    """SE's product is that of what ``whole`` makes (a node's name and operation) and of its own Sigmoid."""
+    if product is None or product.op_type != "Mul" or len(product.input) != 2:
+        return [f"{block.name} has no product of its SE"]
+    if not wires.made_by(product.input[1], f"{block.name}/se/Sigmoid", "Sigmoid"):
+        return [f"{product.name} does not read its SE's Sigmoid"]
+    if not wires.made_by(product.input[0], *whole):
+        return [f"{product.name} does not read {whole[0]}"]
+    return _squeeze_problems(wires, block, whole)
+
+
+def _squeeze_problems(wires: _Wires, block: Block, whole: tuple[str, str]) -> list[str]:
+    """SE's factor comes, step by step, from what ``whole`` makes."""
+    se = f"{block.name}/se"
+    before = whole
+    for name, operation, weights in (
+        ("Pool", "GlobalAveragePool", None),
+        ("reduce/Conv", "Conv", "reduce"),
+        ("Relu", "Relu", None),
+        ("expand/Conv", "Conv", "expand"),
+        ("Sigmoid", "Sigmoid", None),
+    ):
+        node = wires.by_name.get(f"{se}/{name}")
+        own = [] if weights is None else [f"{block.name}.se.{weights}.{part}" for part in ("weight", "bias")]
+        if node is None or not wires.made_by(node.input[0], *before) or list(node.input[1:]) != own:
+            return [f"{se}/{name} does not read {', '.join([before[0], *own])}"]
+        before = (node.name, operation)
+    return []
 
 
 def _head_problems(wires: _Wires, source: str) -> list[str]:
@@ -166,20 +227,3 @@ def _geometry(conv: onnx.NodeProto) -> tuple[list[int], list[int], int, list[int
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in conv.attribute}
     strides, pads = values.get("strides", [1, 1]), values.get("pads", [0, 0, 0, 0])
     return list(strides), list(pads), values.get("group", 1), list(values.get("dilations", [1, 1]))
-
-
-def _weight_problems(
-    written: Mapping[str, NDArray[Any]], weights: Mapping[str, NDArray[np.float32]], half: Collection[str]
-) -> list[str]:
-    problems = []
-    if written.keys() != weights.keys():
-        problems.append(f"its weights are not those of the network ({len(written)} where {len(weights)} belong)")
-    for name in sorted(written.keys() & weights.keys()):
-        array = written[name]
-        expected: NDArray[Any] = torch.from_numpy(weights[name]).half().numpy() if name in half else weights[name]
-        unsigned = f"u{expected.dtype.itemsize}"
-        if array.shape != expected.shape or array.dtype != expected.dtype:
-            problems.append(f"weight {name} is {array.dtype} {array.shape}, not {expected.dtype} {expected.shape}")
-        elif not np.array_equal(array.view(unsigned), expected.view(unsigned)):
-            problems.append(f"weight {name} differs from the fused one")
-    return problems

@@ -12,7 +12,17 @@ from exporter.accuracy import accuracy_check
 from exporter.description import Subject
 from exporter.measured import Measured
 from exporter.plain import Plain
-from exporter.report import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, Report, lines_from_ledger
+from exporter.report import (
+    AccuracyRow,
+    Check,
+    EngineRecord,
+    FileRecord,
+    HeadroomRow,
+    LayerRow,
+    Report,
+    line_from_headroom,
+    lines_from_ledger,
+)
 from exporter.version import VERSION
 
 Notify = Callable[[str], None]
@@ -28,6 +38,7 @@ class Findings:
         self.checks: list[Check] = []
         self.gates = {name: gate.max_relative_error for name, gate in GATES.items()}
         self.accuracy: tuple[AccuracyRow, ...] = ()
+        self.headroom: tuple[HeadroomRow, ...] = ()
         self.layers: tuple[LayerRow, ...] = ()
         self.first_departing_layer: str | None = None
         self.witness: dict[str, Any] | None = None
@@ -56,6 +67,12 @@ class Findings:
         self.engines.append(record)
         self.add(found)
 
+    def add_headroom(self, rows: Sequence[HeadroomRow], inputs: str) -> None:
+        """How far each convolution is from overflow in a precision; no ``rows`` where its range is float32's."""
+        if rows:
+            self.headroom = tuple(rows)
+            self._notify(f"headroom in half: {line_from_headroom(rows, inputs)}")
+
     def add_accuracy(self, rows: Sequence[AccuracyRow], max_drop: float | None) -> None:
         """Top-1 of each precision, as a verdict where ``max_drop`` says how much may be lost."""
         self.accuracy = tuple(rows)
@@ -72,11 +89,11 @@ class Findings:
         checkpoint_sha256: str,
         inputs: str,
         plain: Plain,
-        measured: Measured,
+        measured: Sequence[Measured],
         files: Sequence[FileRecord],
     ) -> Report:
         """Everything found, about ``files``."""
-        ledger = measured.ledger
+        ledger = tuple(row for one in measured for row in one.ledger)
         for line in lines_from_ledger(ledger):
             self._notify(line)
         return Report(
@@ -91,6 +108,7 @@ class Findings:
             layers=self.layers,
             first_departing_layer=self.first_departing_layer,
             accuracy=self.accuracy,
+            headroom=self.headroom,
             witness=self.witness,
             gates=self.gates,
             engines=tuple(self.engines),

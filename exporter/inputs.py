@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from exporter.architecture import Architecture
 from exporter.dataset import Dataset, dataset_from_npz
+from exporter.errors import UsageError
 from exporter.expectation import Expectation, expectation_from_npz
 from exporter.images import GOLDEN_IMAGES, Normalisation, noise_images
 from exporter.ledger import affordable_images
@@ -38,6 +39,7 @@ def inputs_from_request(request: Request, architecture: Architecture, normalise:
 
     Raises:
         InputRejected: one cannot be read, or does not fit the network.
+        UsageError: labels for a network without a classifier.
     """
     channels = architecture.in_channels
     calibration = labelled = labels = expectation = None
@@ -45,9 +47,11 @@ def inputs_from_request(request: Request, architecture: Architecture, normalise:
         calibration = dataset_from_npz(request.calibration, channels, request.size, normalise, "--calib")
     if request.labels is not None:
         labelled = dataset_from_npz(request.labels, channels, request.size, normalise, "--labels")
+        if architecture.classes is None:
+            raise UsageError("--labels: the checkpoint has no classifier, so no answer is right or wrong; leave it out")
         labels = labelled.labels(architecture.classes)
     if request.expect is not None:
-        expectation = expectation_from_npz(request.expect, channels, request.size, architecture.classes)
+        expectation = expectation_from_npz(request.expect, architecture, request.size)
     chosen = calibration or labelled
     if chosen is None:
         images, source = noise_images(channels, request.size), "seeded noise (no --calib given)"

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from exporter.architecture import Architecture
 from exporter.ledger import Stage
-from exporter.model import logits
-from exporter.onnx_graph import OUTPUT, Graph, onnx_from_plain, structure_from_architecture
+from exporter.model import outputs_of_network
+from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
 from exporter.onnxruntime_cpu import session_from_layers
 from exporter.plain import CERTIFICATE_GATE, plain_from_repvgg
+from exporter.precisions import Exponents
 from exporter.report import LayerRow
 
 Layers = dict[str, NDArray[np.floating]]
@@ -36,9 +37,23 @@ class LayerStage:
     gate: float
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerGraph:
+    """A form of the network that is a graph, and the largest relative error that is allowed in it.
+
+    ``exponents`` are the powers of two that the channels of some Convs were multiplied by.
+    """
+
+    name: str
+    graph: Graph
+    gate: float
+    exponents: Exponents
+
+
 def names_of(architecture: Architecture) -> list[str]:
     """The layers that are compared: each block's output, then the network's."""
-    return [*(block.name for block in architecture.blocks), OUTPUT]
+    names = [*architecture.tensor_names.values(), *(output.name for output in architecture.outputs)]
+    return list(dict.fromkeys(names))
 
 
 def farthest_row(reference: NDArray[np.float64], stages: Sequence[Stage]) -> int:
@@ -56,18 +71,22 @@ def farthest_row(reference: NDArray[np.float64], stages: Sequence[Stage]) -> int
 def layers_of_network(architecture: Architecture, tensors: Mapping[str, Tensor], image: Tensor) -> Layers:
     """Of a network, in the dtype of ``image``."""
     kept, observe = _kept(architecture)
-    logits(architecture, tensors, image, observe)
+    outputs_of_network(architecture, tensors, image, observe)
     return kept
 
 
-def layers_of_graph(graph: Graph, architecture: Architecture, image: Image) -> Layers:
-    """Of an ONNX graph, exactly as written.
+def layers_of_graph(graph: Graph, architecture: Architecture, image: Image, exponents: Exponents) -> Layers:
+    """Of an ONNX graph, exactly as written; blocks whose channels were rescaled by ``exponents`` as they were before.
 
     Raises:
         VerificationFailed: ONNX Runtime refuses it, or it has no such layer.
     """
     names = names_of(architecture)
-    return dict(zip(names, session_from_layers(graph, names).tensors(image, names), strict=True))
+    found = dict(zip(names, session_from_layers(graph, names).tensors(image, names), strict=True))
+    for block, name in architecture.tensor_names.items():
+        if (powers := exponents.get(f"{block}/Conv")) is not None:
+            found[name] = np.ldexp(found[name], -powers[:, None, None])
+    return found
 
 
 def layer_stages(
@@ -75,7 +94,7 @@ def layer_stages(
     tensors: Mapping[str, Tensor],
     size: tuple[int, int],
     image: Image,
-    graphs: Sequence[tuple[str, Graph, float]],
+    graphs: Sequence[LayerGraph],
     gate: float,
 ) -> list[LayerStage]:
     """Every form of the network that comes before the files, then ``graphs``.
@@ -85,7 +104,7 @@ def layer_stages(
         tensors: by canonical name.
         size: (height, width) of the image.
         image: (1, C, H, W).
-        graphs: a name, the graph, and the largest relative error allowed in it.
+        graphs: those that come after.
         gate: the largest relative error allowed in float32.
     """
     fused, observe = _kept(architecture)
@@ -95,8 +114,11 @@ def layer_stages(
     return [
         LayerStage("fused, float64", fused, CERTIFICATE_GATE),
         LayerStage("fused, float32", rounded, gate),
-        LayerStage("ONNX", layers_of_graph(graph, architecture, image), gate),
-        *(LayerStage(name, layers_of_graph(one, architecture, image), allowed) for name, one, allowed in graphs),
+        LayerStage("ONNX", layers_of_graph(graph, architecture, image, {}), gate),
+        *(
+            LayerStage(one.name, layers_of_graph(one.graph, architecture, image, one.exponents), one.gate)
+            for one in graphs
+        ),
     ]
 
 

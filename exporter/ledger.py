@@ -13,7 +13,8 @@ computed stands in the row.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +23,20 @@ from engines.parity import compare
 from exporter.architecture import Architecture
 from exporter.errors import VerificationFailed
 from exporter.report import LedgerRow
-from exporter.workload import multiply_accumulates
+from exporter.workload import multiply_accumulates, output_values
 
 LARGEST_WORK = 50e9
 """Multiply-accumulates that the largest batch may take here: about a second on two cores."""
+LARGEST_VALUES = 8_000_000
+"""Numbers that the outputs of the largest batch may have: feature maps are large, and compared in float64."""
 IMAGES_AT_ONCE = 32
 SEED = 20212
 
 Outputs = NDArray[np.floating]
-Run = Callable[[NDArray[np.float32]], Outputs]
+Run = Callable[[NDArray[np.float32]], Mapping[str, NDArray[Any]]]
+"""Images (n, C, H, W) to the outputs by name, (n, classes) or (n, C, h, w)."""
+Rows = Callable[[NDArray[np.float32]], Outputs]
+"""The same, with the outputs joined to one row for each image (``engines.outputs``)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +63,7 @@ def whole_stage(name: str, outputs: Outputs) -> Stage:
     return Stage(name, outputs, (tuple(range(len(outputs))),))
 
 
-def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: int = 0) -> Stage:
+def stage_from_run(name: str, run: Rows, images: NDArray[np.float32], largest: int = 0) -> Stage:
     """Runs ``images`` in a batch of one and batches of the rest, and then, if that is more, in one of ``largest``.
 
     Raises:
@@ -81,8 +87,9 @@ def stage_from_run(name: str, run: Run, images: NDArray[np.float32], largest: in
 
 
 def largest_batch(architecture: Architecture, size: tuple[int, int], wanted: int) -> int:
-    """``wanted``, or as many images as LARGEST_WORK allows."""
-    return min(wanted, int(LARGEST_WORK // multiply_accumulates(architecture, size)))
+    """``wanted``, or as many images as LARGEST_WORK and LARGEST_VALUES allow."""
+    work = int(LARGEST_WORK // multiply_accumulates(architecture, size))
+    return min(wanted, work, LARGEST_VALUES // output_values(architecture, size))
 
 
 def affordable_images(architecture: Architecture, size: tuple[int, int], wanted: int) -> int:
@@ -90,12 +97,15 @@ def affordable_images(architecture: Architecture, size: tuple[int, int], wanted:
     return max(1, largest_batch(architecture, size, wanted))
 
 
-def ledger_from_stages(reference: NDArray[np.float64], stages: Sequence[Stage]) -> tuple[LedgerRow, ...]:
+def ledger_from_stages(
+    reference: NDArray[np.float64], stages: Sequence[Stage], *, ranked: bool = True
+) -> tuple[LedgerRow, ...]:
     """A row for each stage, in order.
 
     Args:
         reference: (n, classes), of the training-time network in float64.
         stages: of outputs (rows, classes).
+        ranked: whether the rows are of scores, whose top-1 means something.
 
     Raises:
         ValueError: outputs of another shape.
@@ -105,7 +115,7 @@ def ledger_from_stages(reference: NDArray[np.float64], stages: Sequence[Stage]) 
     scale = float(np.abs(reference).max())
     for stage in stages:
         comparison = compare(reference[stage.order], stage.outputs)
-        rows.append(LedgerRow(stage.name, comparison, _added(before, stage, scale), stage.batches))
+        rows.append(LedgerRow(stage.name, comparison, _added(before, stage, scale), stage.batches, ranked))
         before = stage
     return tuple(rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from engines.golden import Golden
 from engines.parity import Comparison, Gate, compare
 from exporter.errors import DeviceFailed, VerificationFailed
-from exporter.ledger import Outputs, Run, Stage, ledger_from_stages, stage_from_run, whole_stage
-from exporter.onnx_graph import OUTPUT
+from exporter.ledger import Run, Stage, ledger_from_stages, stage_from_run, whole_stage
 from exporter.reference import Reference
 from exporter.report import Check, LedgerRow
 
@@ -28,18 +27,24 @@ Judge = Callable[[Comparison], Gate]
 
 
 class Measured:
-    """Begins with the reference and grows by a stage at a time. ``largest`` is the largest batch that is run here."""
+    """Begins with the reference and grows by a stage at a time.
 
-    def __init__(self, reference: Reference, largest: int) -> None:
+    ``largest`` is the largest batch that is run here; ``at`` is added to the names of stages and checks.
+    """
+
+    def __init__(self, reference: Reference, largest: int, at: str = "") -> None:
+        self.source = reference
+        self.at = at
         self.images: NDArray[np.float32] = reference.images
         self.reference: NDArray[np.float64] = reference.outputs
+        self.layout = reference.layout
         self.stages: list[Stage] = []
         self._largest = largest
 
     @property
     def ledger(self) -> tuple[LedgerRow, ...]:
         """A row for each stage so far."""
-        return ledger_from_stages(self.reference, self.stages)
+        return ledger_from_stages(self.reference, self.stages, ranked=self.layout.ranked)
 
     def keep(self, name: str, opened: Callable[[], Run], count: int | None = None) -> None:
         """Runs a stage that is not judged, on the first ``count`` images or all.
@@ -47,11 +52,14 @@ class Measured:
         One that cannot be run is left out, and the checks after it say why.
         """
         with contextlib.suppress(VerificationFailed):
-            self.stages.append(stage_from_run(name, opened(), self.images[:count]))
+            self.stages.append(stage_from_run(name, self._joined(opened()), self.images[:count]))
 
-    def keep_outputs(self, name: str, outputs: Outputs) -> None:
+    def keep_outputs(self, name: str, outputs: Mapping[str, NDArray[np.floating]]) -> None:
         """A stage that was computed elsewhere, on the first images, as many as there are ``outputs``, at once."""
-        self.stages.append(whole_stage(name, outputs))
+        self.stages.append(whole_stage(name, self.layout.joined(outputs)))
+
+    def _joined(self, run: Run) -> Callable[[NDArray[np.float32]], NDArray[np.floating]]:
+        return lambda batch: self.layout.joined(run(batch))
 
     def check(self, name: str, title: str, opened: Callable[[], Run], judge: Judge, *, largest: bool = False) -> Check:
         """Runs a stage and judges it.
@@ -59,23 +67,25 @@ class Measured:
         Args:
             name: of the stage, in the ledger.
             title: of the check.
-            opened: gives what runs (n, C, H, W) to (n, classes).
+            opened: gives what runs (n, C, H, W) to the outputs by name.
             judge: gives the gate.
             largest: whether to run the largest batch, too.
         """
+        title += self.at
         try:
-            stage = stage_from_run(name, opened(), self.images, self._largest if largest else 0)
+            stage = stage_from_run(name + self.at, self._joined(opened()), self.images, self._largest if largest else 0)
             comparison = compare(self.reference[stage.order], stage.outputs)
         except (VerificationFailed, DeviceFailed, ValueError) as error:
-            return Check(title, passed=False, value=None, gate=None, detail=f"{OUTPUT}: {error}")
+            return Check(title, passed=False, value=None, gate=None, detail=f"{', '.join(self.layout.names)}: {error}")
         self.stages.append(stage)
-        gate = judge(comparison)
-        golden = Golden(self.images, self.reference)
+        gate = self.layout.gate(judge(comparison))
+        golden = Golden(self.images, self.reference, self.layout)
         failure = gate.failure(comparison) or _mix_up(golden, stage)
         same = comparison.rows - len(comparison.flips)
+        agreed = f", top-1 agrees on {same} of {comparison.rows}" if self.layout.ranked else ""
         detail = (
             f"relative error {comparison.relative_error:.1e} (gate {gate.max_relative_error:.1e}), "
-            f"SQNR {comparison.sqnr_db:.1f} dB, top-1 agrees on {same} of {comparison.rows}"
+            f"SQNR {comparison.sqnr_db:.1f} dB{agreed}"
         )
         if failure is None and not golden.tells_apart(gate):
             undecided = f"undecided: a constant answer would pass, too; give real images; {detail}"

@@ -11,7 +11,7 @@ and the weights ``stage1.0.weight`` and ``stage1.0.bias``; an engine's audit fin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.errors import first_line
-from exporter.architecture import Architecture, Block
+from exporter.architecture import OUTPUT, Architecture, Block
 from exporter.errors import VerificationFailed
 from exporter.plain import Plain
 
 OPSET = 17
 IR_VERSION = 8
-INPUT, OUTPUT, BATCH = "input", "output", "N"
+INPUT, BATCH, HEIGHT, WIDTH = "input", "N", "height", "width"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +37,29 @@ class Graph:
     weights: Mapping[str, NDArray[Any]]
 
 
-def structure_from_architecture(architecture: Architecture, size: tuple[int, int]) -> onnx.ModelProto:
-    """The float32 graph of the plain network for images of ``size`` (height, width), with a dynamic batch."""
-    nodes = [node for block, source in _chain(architecture) for node in _block_nodes(block, source)]
-    nodes += _head_nodes(architecture.blocks[-1].name)
-    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, architecture.in_channels, *size])
-    scores = helper.make_tensor_value_info(OUTPUT, TensorProto.FLOAT, [BATCH, architecture.classes])
+def structure_from_architecture(architecture: Architecture, size: tuple[int, int] | None) -> onnx.ModelProto:
+    """The float32 graph of the plain network for images of ``size`` (height, width), or any; the batch is dynamic."""
+    nodes = [node for block, source in _chain(architecture) for node in _block_nodes(architecture, block, source)]
+    if architecture.classes is not None:
+        nodes += _head_nodes(architecture.tensor_names[architecture.blocks[-1].name])
+    frame: Sequence[int | str] = size or (HEIGHT, WIDTH)
+    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [BATCH, architecture.in_channels, *frame])
     declared = [
         helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in _weight_shapes(architecture)
     ]
-    graph = helper.make_graph(nodes, "repvgg", [image, *declared], [scores])
+    graph = helper.make_graph(nodes, "repvgg", [image, *declared], list(_outputs(architecture, size)))
     return helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="repvgg-exporter"
     )
+
+
+def _outputs(architecture: Architecture, size: tuple[int, int] | None) -> Iterator[onnx.ValueInfoProto]:
+    for output in architecture.outputs:
+        frame: Sequence[int | str] = ()
+        if output.block is not None:
+            frame = (f"{output.name}_{HEIGHT}", f"{output.name}_{WIDTH}")
+            frame = frame if size is None else architecture.size_behind(output.block, size)
+        yield helper.make_tensor_value_info(output.name, TensorProto.FLOAT, [BATCH, output.channels, *frame])
 
 
 def onnx_from_plain(plain: Plain, structure: onnx.ModelProto, metadata: Mapping[str, str]) -> Graph:
@@ -104,15 +114,16 @@ def without_declarations(graph: Graph) -> onnx.ModelProto:
 def _weight_shapes(architecture: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
     for block in architecture.blocks:
         out = block.out_channels
-        yield f"{block.name}.weight", (out, block.in_channels // block.groups, 3, 3)
+        yield f"{block.name}.weight", (out, block.in_channels // block.groups, block.kernel, block.kernel)
         yield f"{block.name}.bias", (out,)
         if block.se_channels is not None:
             yield f"{block.name}.se.reduce.weight", (block.se_channels, out, 1, 1)
             yield f"{block.name}.se.reduce.bias", (block.se_channels,)
             yield f"{block.name}.se.expand.weight", (out, block.se_channels, 1, 1)
             yield f"{block.name}.se.expand.bias", (out,)
-    yield "head.weight", (architecture.classes, architecture.blocks[-1].out_channels)
-    yield "head.bias", (architecture.classes,)
+    if architecture.classes is not None:
+        yield "head.weight", (architecture.classes, architecture.blocks[-1].out_channels)
+        yield "head.bias", (architecture.classes,)
 
 
 def _chain(architecture: Architecture) -> Iterator[tuple[Block, str]]:
@@ -120,30 +131,33 @@ def _chain(architecture: Architecture) -> Iterator[tuple[Block, str]]:
     source = INPUT
     for block in architecture.blocks:
         yield block, source
-        source = block.name
+        source = architecture.tensor_names[block.name]
 
 
-def _block_nodes(block: Block, source: str) -> Iterator[onnx.NodeProto]:
-    name = block.name
+def _block_nodes(architecture: Architecture, block: Block, source: str) -> Iterator[onnx.NodeProto]:
+    name, result = block.name, architecture.tensor_names[block.name]
     yield helper.make_node(
         "Conv",
         [source, f"{name}.weight", f"{name}.bias"],
         [f"{name}/conv"],
         name=f"{name}/Conv",
-        kernel_shape=[3, 3],
-        pads=[1, 1, 1, 1],
+        kernel_shape=[block.kernel] * 2,
+        pads=[block.padding] * 4,
         strides=[block.stride, block.stride],
         group=block.groups,
     )
-    total = f"{name}/conv"
-    if block.se_channels is not None:
-        yield from _se_nodes(name, total)
-        total = f"{name}/se"
-    yield helper.make_node("Relu", [total], [name], name=f"{name}/Relu")
+    if block.se_channels is None:
+        yield helper.make_node("Relu", [f"{name}/conv"], [result], name=f"{name}/Relu")
+    elif block.se_after_activation:
+        yield helper.make_node("Relu", [f"{name}/conv"], [f"{name}/relu"], name=f"{name}/Relu")
+        yield from _se_nodes(name, f"{name}/relu", result)
+    else:
+        yield from _se_nodes(name, f"{name}/conv", f"{name}/se")
+        yield helper.make_node("Relu", [f"{name}/se"], [result], name=f"{name}/Relu")
 
 
-def _se_nodes(name: str, total: str) -> Iterator[onnx.NodeProto]:
-    """Squeeze-and-excitation with 1x1 convolutions; five tensors named ``<block>/se...``."""
+def _se_nodes(name: str, total: str, product: str) -> Iterator[onnx.NodeProto]:
+    """Squeeze-and-excitation of ``total`` with 1x1 convolutions; the tensors within are named ``<block>/se/...``."""
     se = f"{name}/se"
     reduce, expand = ([f"{name}.se.{part}.weight", f"{name}.se.{part}.bias"] for part in ("reduce", "expand"))
     yield helper.make_node("GlobalAveragePool", [total], [f"{se}/pooled"], name=f"{se}/Pool")
@@ -155,7 +169,7 @@ def _se_nodes(name: str, total: str) -> Iterator[onnx.NodeProto]:
         "Conv", [f"{se}/active", *expand], [f"{se}/expanded"], name=f"{se}/expand/Conv", kernel_shape=[1, 1]
     )
     yield helper.make_node("Sigmoid", [f"{se}/expanded"], [f"{se}/factor"], name=f"{se}/Sigmoid")
-    yield helper.make_node("Mul", [total, f"{se}/factor"], [se], name=f"{se}/Mul")
+    yield helper.make_node("Mul", [total, f"{se}/factor"], [product], name=f"{se}/Mul")
 
 
 def _head_nodes(source: str) -> list[onnx.NodeProto]:

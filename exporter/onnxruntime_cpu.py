@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from engines.errors import first_line
 from exporter.errors import VerificationFailed
-from exporter.onnx_graph import INPUT, OUTPUT, Graph
+from exporter.onnx_graph import INPUT, Graph
 
 Batch = NDArray[np.float32]
 
@@ -22,7 +22,7 @@ Batch = NDArray[np.float32]
 class Session:
     """A graph that is ready to run.
 
-    ``fed`` are the weights that are given with each run, not copied; ``names`` are the graph's input and output.
+    ``fed`` are the weights that are given with each run, not copied; ``outputs`` are the names of the graph's outputs.
     """
 
     def __init__(
@@ -31,20 +31,20 @@ class Session:
         options: onnxruntime.SessionOptions,
         title: str,
         fed: Mapping[str, NDArray[Any]],
-        names: tuple[str, str] = (INPUT, OUTPUT),
+        image: str = INPUT,
     ) -> None:
-        self._title, self._fed = title, fed
-        self._input, self._output = names
+        self._title, self._fed, self._input = title, fed, image
         with _refusals(title):
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.outputs: tuple[str, ...] = tuple(value.name for value in self._session.get_outputs())
 
-    def run(self, batch: Batch) -> Batch:
-        """(N, C, H, W) to (N, classes).
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """(N, C, H, W) to each output, (N, classes) or (N, C, h, w).
 
         Raises:
             VerificationFailed: ONNX Runtime refuses the batch.
         """
-        return self.tensors(batch, [self._output])[0]
+        return dict(zip(self.outputs, self.tensors(batch, self.outputs), strict=True))
 
     def tensors(self, batch: Batch, names: Sequence[str]) -> list[NDArray[Any]]:
         """The values of several outputs of the graph."""
@@ -53,16 +53,16 @@ class Session:
         return found
 
 
-def session_from_file(path: pathlib.Path, names: tuple[str, str] = (INPUT, OUTPUT)) -> Session:
+def session_from_file(path: pathlib.Path, image: str = INPUT) -> Session:
     """An ONNX file as anybody would run it: default optimizations.
 
     Raises:
         VerificationFailed: ONNX Runtime refuses the file.
     """
-    return Session(str(path), _options(), path.name, {}, names)
+    return Session(str(path), _options(), path.name, {}, image)
 
 
-def session_from_graph(graph: Graph, names: tuple[str, str] = (INPUT, OUTPUT)) -> Session:
+def session_from_graph(graph: Graph, image: str = INPUT) -> Session:
     """A graph in memory exactly as written, without optimizations; its weights are fed, not copied.
 
     Raises:
@@ -70,7 +70,7 @@ def session_from_graph(graph: Graph, names: tuple[str, str] = (INPUT, OUTPUT)) -
     """
     options = _options()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return Session(graph.structure.SerializeToString(), options, "the graph", graph.weights, names)
+    return Session(graph.structure.SerializeToString(), options, "the graph", graph.weights, image)
 
 
 def session_from_layers(graph: Graph, names: Sequence[str]) -> Session:

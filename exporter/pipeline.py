@@ -1,6 +1,6 @@
 """From a checkpoint to checked files: the page to read first.
 
-    model.pt --checkpoint_from_path--> tensors --architecture_from_tensors--> architecture
+    model.pt --checkpoint_from_path--> tensors --network_from_checkpoint--> architecture
       --reference_from_repvgg--> float64 answers of the branches themselves: what everything else must give
       --plain_from_repvgg--> one 3x3 convolution per block, each certified against its own branches
       --onnx_from_plain--> float32 graph --typed_from_graph--> a typed graph per precision
@@ -32,16 +32,22 @@ from engines.files import reported_write_errors, sha256_of, write_whole
 from engines.interrupts import Uninterrupted
 from exporter import checks
 from exporter.accuracy import BASELINE, accuracy_from_labels
-from exporter.architecture import Architecture
 from exporter.checkpoint import Checkpoint, check_archive, checkpoint_from_path
 from exporter.description import Subject
 from exporter.findings import Findings, Notify
 from exporter.images import normalisation
 from exporter.inputs import Inputs, inputs_from_request
-from exporter.layers import farthest_row, first_departing, layer_stages, layers_of_network, rows_from_stages
+from exporter.layers import (
+    LayerGraph,
+    farthest_row,
+    first_departing,
+    layer_stages,
+    layers_of_network,
+    rows_from_stages,
+)
 from exporter.ledger import Run, largest_batch
 from exporter.measured import FLOAT32_LOSS_FACTOR, Measured, at_least
-from exporter.model import logits
+from exporter.model import outputs_of_network
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
 from exporter.onnxruntime_cpu import Session, session_from_file, session_from_graph
@@ -51,8 +57,9 @@ from exporter.precisions import PRECISIONS
 from exporter.processes import Processes
 from exporter.reference import GOLDEN_NAME, Reference, reference_from_repvgg, write_golden
 from exporter.report import AccuracyRow, Check, FileRecord, LayerRow, Report, markdown_from_report
-from exporter.repvgg import repvgg_from_checkpoint, training_time_loss
+from exporter.repvgg import Network, network_from_checkpoint, training_time_loss
 from exporter.request import Request
+from exporter.sizes import measured_at_ends, with_peaks_of
 from exporter.staging import REPORT_NAME, SUMMARY_NAME, Staging, staging
 from exporter.typed import (
     Typed,
@@ -83,12 +90,13 @@ def report_from_checkpoint(
         staging(request.out, pool, protected) as stage,
         processes,  # ended before their directory is removed
     ):
-        checkpoint = checkpoint_from_path(request.path)
+        checkpoint = checkpoint_from_path(request.path, request.weights)
         digest, intact = pool.submit(sha256_of, request.path), pool.submit(check_archive, request.path)
-        architecture, tensors = repvgg_from_checkpoint(checkpoint, request)
-        structure = structure_from_architecture(architecture, request.size)
+        network = network_from_checkpoint(checkpoint, request)
+        architecture, tensors = network.architecture, network.tensors
+        structure = structure_from_architecture(architecture, request.size if request.size_range is None else None)
         processes.simplifier.submit(structure.SerializeToString())
-        subject = subject_from(request, checkpoint, architecture)
+        subject = subject_from(request, checkpoint, network)
         inputs = inputs_from_request(request, architecture, subject.normalise)
         for line in [*subject.lines, f"inputs: {inputs.source}"]:
             notify(line)
@@ -97,41 +105,36 @@ def report_from_checkpoint(
         found.add(expectation_checks(architecture, tensors, inputs))
         found.add_witness(*witness_from_inputs(architecture, tensors, inputs, request))
         reference = reference_from_repvgg(architecture, tensors, inputs.images)
+        ends = measured_at_ends(architecture, tensors, inputs, request)
         plain = plain_from_repvgg(architecture, tensors, inputs.affordable)
         intact.result()
         tensors.clear()  # with the next line this unmaps the file, whose pages count as this process's memory
         checkpoint.tensors.clear()
-        found.add(checks.fusion_checks(plain, reference.outputs))
+        found.add(checks.fusion_checks(plain, reference))
         measured = Measured(reference, largest_batch(architecture, request.size, request.batch[2]))
         measure_fused(measured, plain, structure)
 
         metadata = functools.partial(subject.metadata, digest.result())
         simplified = onnx.ModelProto.FromString(processes.simplifier.result())
         graph = onnx_from_plain(plain, simplified, metadata("fp32"))
-        typed = typed_from_request(request, graph, plain, reference, metadata, processes, stage, found)
-        float32 = functools.partial(session_from_graph, graph)
-        if request.onnx:
-            path = stage.path(f"{request.path.stem}.onnx")
-            stage.seal(*write_onnx(graph, path))
-            found.add([checks.contract_check("fp32", path, plain, graph)])
-            float32 = functools.partial(session_from_file, path)
+        seen = with_peaks_of(reference, ends)
+        typed = typed_from_request(request, graph, plain, seen, metadata, processes, stage, found)
+        for one in typed:
+            found.add_headroom(one.headroom, inputs.source)
+        path = float32_file_from_graph(request, graph, plain, stage, found)
+        float32 = functools.partial(session_from_file, path) if path else functools.partial(session_from_graph, graph)
         del graph
         plain.tensors.clear()  # the files hold the weights from here on
         return_freed_memory()
-        found.add_gated("fp32", check_of_float32(subject, reference, measured, float32))
-        for one in typed:
-            found.add(numeric_checks_of_typed(one, measured))
+        everywhere = (measured, *ends)
+        add_numeric_checks(subject, everywhere, float32, typed, found)
         found.add_accuracy(accuracy_from_inputs(inputs, float32, typed, progress), request.max_drop)
         if request.layers:
-            found.add_layers(*layers_from_run(subject, measured, typed, path if request.onnx else None, found))
-        for one in typed:
-            record, audit = engine_from_typed(one, processes.compilers[one.precision.name], progress)
-            write_sidecar(one, record, request.batch, stage)
-            audited = checks.audit_check(one.precision, audit)
-            found.add_engine(record, [audited, engine_check(one, measured, required="trt" in request.require)])
+            found.add_layers(*layers_from_run(subject, measured, typed, path, found))
+        add_engines(request, typed, everywhere, processes, stage, found, progress)
         write_golden_vectors(reference, stage)
-        files = [FileRecord(path.name, path.stat().st_size, stage.sha256(path)) for path in stage.files]
-        report = found.report(subject, digest.result(), inputs.source, plain, measured, files)
+        files = [FileRecord(file.name, file.stat().st_size, stage.sha256(file)) for file in stage.files]
+        report = found.report(subject, digest.result(), inputs.source, plain, everywhere, files)
         write_report(report, stage)
         interrupts.too_late()
         stage.publish() if report.passed else stage.reject()
@@ -159,6 +162,52 @@ def typed_from_request(
     return typed
 
 
+def float32_file_from_graph(
+    request: Request, graph: Graph, plain: Plain, stage: Staging, found: Findings
+) -> pathlib.Path | None:
+    """``<stem>.onnx``, held to the contract, where it is asked for."""
+    if not request.onnx:
+        return None
+    path = stage.path(f"{request.path.stem}.onnx")
+    stage.seal(*write_onnx(graph, path))
+    found.add([checks.contract_check("fp32", path, plain, graph)])
+    return path
+
+
+def add_numeric_checks(
+    subject: Subject,
+    everywhere: Sequence[Measured],
+    float32: Callable[[], Session],
+    typed: Sequence[Typed],
+    found: Findings,
+) -> None:
+    """What the float32 graph and each typed one compute, at every size; the usual size comes first."""
+    usual, *ends = everywhere
+    found.add_gated("fp32", check_of_float32(subject, usual, float32))
+    found.add([check_of_float32(subject, end, float32) for end in ends])
+    for one in typed:
+        found.add([check for measured in everywhere for check in numeric_checks_of_typed(one, measured)])
+
+
+def add_engines(
+    request: Request,
+    typed: Sequence[Typed],
+    everywhere: Sequence[Measured],
+    processes: Processes,
+    stage: Staging,
+    found: Findings,
+    progress: Progress,
+) -> None:
+    """Waits for each engine, audits it, runs it where a GPU is, and writes its sidecar."""
+    for one in typed:
+        record, audit = engine_from_typed(one, processes.compilers[one.precision.name], progress)
+        write_sidecar(one, record, request, stage)
+        required = "trt" in request.require
+        run = [engine_check(one, measured, required=required) for measured in everywhere]
+        once = {check.stage: check for check in run}  # without a GPU no size is any different
+        found.add_engine(record, [checks.audit_check(one.precision, audit), *once.values()])
+
+
 def return_freed_memory() -> None:
     """Gives freed blocks back to the system, which glibc does not do by itself and ONNX Runtime allocates beside."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -166,35 +215,42 @@ def return_freed_memory() -> None:
         trim(0)
 
 
-def subject_from(request: Request, checkpoint: Checkpoint, architecture: Architecture) -> Subject:
+def subject_from(request: Request, checkpoint: Checkpoint, network: Network) -> Subject:
     """Everything about the run that goes into metadata, sidecars and the report."""
-    normalise = normalisation(architecture.in_channels, request.mean, request.std)
-    return Subject(request, checkpoint.container, checkpoint.others, architecture, normalise)
+    normalise = normalisation(network.architecture.in_channels, request.mean, request.std)
+    return Subject(
+        request,
+        checkpoint.container,
+        checkpoint.others,
+        checkpoint.weights,
+        network.architecture,
+        normalise,
+        network.dropped,
+        network.lineage.note,
+    )
 
 
 def measure_fused(measured: Measured, plain: Plain, structure: onnx.ModelProto) -> None:
     """The fused network before it is a file: in float64, in float32 by torch, and as an ONNX graph."""
     measured.keep_outputs("fused, float64", plain.outputs)
-    count = len(plain.outputs)
+    count = len(next(iter(plain.outputs.values())))
     measured.keep("fused, float32", lambda: functools.partial(outputs_of_plain, plain), count)
     measured.keep("ONNX", lambda: session_from_graph(onnx_from_plain(plain, structure, {})).run, count)
     return_freed_memory()
 
 
-def check_of_float32(
-    subject: Subject, reference: Reference, measured: Measured, session: Callable[[], Session]
-) -> Check:
+def check_of_float32(subject: Subject, measured: Measured, session: Callable[[], Session]) -> Check:
     """ONNX Runtime's outputs in float32 against the reference, also in the largest batch."""
-    loss = functools.partial(training_time_loss, subject.request, subject.architecture, reference)
+    loss = functools.partial(training_time_loss, subject.request, subject.architecture, measured.source)
     judge = at_least(PRECISIONS[0].gate, loss, FLOAT32_LOSS_FACTOR)
     title = "fp32, ONNX Runtime against float64"
     return measured.check(SIMPLIFIED, title, lambda: session().run, judge, largest=True)
 
 
-def outputs_of_plain(plain: Plain, batch: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The fused network in float32, by torch: (n, C, H, W) to (n, classes)."""
-    outputs: NDArray[np.float32] = logits(plain.architecture, plain.tensors, torch.from_numpy(batch)).numpy()
-    return outputs
+def outputs_of_plain(plain: Plain, batch: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """The fused network in float32, by torch: (n, C, H, W) to the outputs by name."""
+    outputs = outputs_of_network(plain.architecture, plain.tensors, torch.from_numpy(batch))
+    return {name: value.numpy() for name, value in outputs.items()}
 
 
 def accuracy_from_inputs(
@@ -213,11 +269,16 @@ def layers_from_run(
 ) -> tuple[list[LayerRow], str | None]:
     """Every form of the network layer by layer; reads the checkpoint again, and the files that were written."""
     request = subject.request
-    architecture, tensors = repvgg_from_checkpoint(checkpoint_from_path(request.path), request)
+    network = network_from_checkpoint(checkpoint_from_path(request.path, request.weights), request)
+    architecture, tensors = network.architecture, network.tensors
     row = farthest_row(measured.reference, measured.stages)
     image = measured.images[row : row + 1]
-    graphs = [(SIMPLIFIED, graph_from_file(float32), found.gates[BASELINE])] if float32 is not None else []
-    graphs += [(one.stage, one.computed, one.precision.gate.max_relative_error) for one in typed]
+    graphs = []
+    if float32 is not None:
+        graphs.append(LayerGraph(SIMPLIFIED, graph_from_file(float32), found.gates[BASELINE], {}))
+    graphs += [
+        LayerGraph(one.stage, one.computed, one.precision.gate.max_relative_error, one.exponents) for one in typed
+    ]
     stages = layer_stages(architecture, tensors, request.size, image, graphs, found.gates[BASELINE])
     rows = rows_from_stages(layers_of_network(architecture, tensors, torch.from_numpy(image).double()), stages)
     return rows, first_departing(rows, stages)

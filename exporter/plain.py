@@ -15,7 +15,7 @@ One pass over the blocks does all of it, so that each block's weights are read a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch.nn import functional
 from exporter import affine
 from exporter.architecture import Architecture, Block
 from exporter.errors import CheckpointRejected
-from exporter.model import Observer, block_output, block_tensors, branch_sum, head_output, parts_of, unobserved
+from exporter.model import Observer, block_output, block_tensors, branch_sum, outputs_of_blocks, parts_of, unobserved
 
 CERTIFICATE_GATE = 1e-12
 NOISE_SIZE = 33  # odd all the way down, so that stride 2 meets both borders
@@ -47,13 +47,13 @@ class Certificate:
 class Plain:
     """The deployed network: ``architecture`` has only fused blocks, ``tensors`` are float32 by canonical name.
 
-    ``outputs`` (n, classes) are its answers to the images in float64, before any rounding.
+    ``outputs`` are its answers to the images in float64 by output, (n, classes) or (n, C, h, w), before any rounding.
     """
 
     architecture: Architecture
     tensors: dict[str, Tensor]
     certificates: tuple[Certificate, ...]
-    outputs: NDArray[np.float64]
+    outputs: dict[str, NDArray[np.float64]]
 
 
 def plain_from_repvgg(
@@ -73,65 +73,87 @@ def plain_from_repvgg(
     Raises:
         CheckpointRejected: a fused weight is too large for float32.
     """
-    generator = torch.Generator().manual_seed(SEED)
-    certificates: list[Certificate] = []
-    written: dict[str, Tensor] = {}
-    blocks: list[Block] = []
-    noise_size = NOISE_SIZE
+    fusing = _Fusing(architecture, tensors, observe)
     with torch.inference_mode():
         x = torch.from_numpy(images).double()
         observe("input", x)
-        for block in architecture.blocks:
-            own = block_tensors(tensors, block, torch.float64)
-            convolution = convolution_from_block(block, own, architecture.bn_eps)
+        outputs = outputs_of_blocks(architecture, tensors, fusing.results(x), observe)
+    for name, tensor in tensors.items():
+        if name.startswith("head.") or ".se." in name:
+            fusing.written[name] = tensor.float().contiguous().clone()  # not a view of the mapped file
+    return Plain(
+        dataclasses.replace(architecture, blocks=tuple(fusing.blocks)),
+        fusing.written,
+        tuple(fusing.certificates),
+        {name: value.numpy() for name, value in outputs.items()},
+    )
+
+
+class _Fusing:
+    """One pass over the blocks, and what has come of it so far."""
+
+    def __init__(self, architecture: Architecture, tensors: Mapping[str, Tensor], observe: Observer) -> None:
+        self.architecture, self.tensors, self.observe = architecture, tensors, observe
+        self.certificates: list[Certificate] = []
+        self.written: dict[str, Tensor] = {}
+        self.blocks: list[Block] = []
+
+    def results(self, x: Tensor) -> Iterator[tuple[Block, Tensor]]:
+        """Fuses each block, and gives it with what its fused convolution makes of x (n, C, H, W) in float64."""
+        generator = torch.Generator().manual_seed(SEED)
+        noise_size = NOISE_SIZE
+        for block in self.architecture.blocks:
+            own = block_tensors(self.tensors, block, torch.float64)
+            convolution = convolution_from_block(block, own, self.architecture.bn_eps)
             rounded = _rounded(convolution, block)
             noise = _noise((1, block.in_channels, noise_size, noise_size), generator)
-            truth = branch_sum(block, own, noise, architecture.bn_eps)
+            truth = branch_sum(block, own, noise, self.architecture.bn_eps)
             certificate = Certificate(
                 block=block.name,
                 branches=block.branches,
                 error=relative_error(truth, applied(convolution, noise)),
                 rounding_error=relative_error(truth, applied(rounded, noise.float()).double()),
             )
-            certificates.append(certificate)
+            self.certificates.append(certificate)
             total = torch.cat([applied(convolution, part) for part in parts_of(x)])
-            x = block_output(block, own, total, observe)
-            observe(block.name, x)
+            x = block_output(block, own, total, self.observe)
             noise_size = -(-noise_size // block.stride)
-            blocks.append(dataclasses.replace(block, branches=("fused",)))
-            written[f"{block.name}.fused.weight"] = rounded.weight
-            written[f"{block.name}.fused.bias"] = rounded.bias
-        outputs = head_output(tensors, x, observe).numpy()
-    for name, tensor in tensors.items():
-        if name.startswith("head.") or ".se." in name:
-            written[name] = tensor.float().contiguous().clone()  # not a view of the mapped file
-    return Plain(dataclasses.replace(architecture, blocks=tuple(blocks)), written, tuple(certificates), outputs)
+            self.blocks.append(dataclasses.replace(block, branches=("fused",), post_batch_norm=False))
+            self.written[f"{block.name}.fused.weight"] = rounded.weight
+            self.written[f"{block.name}.fused.bias"] = rounded.bias
+            yield block, x
 
 
 def convolution_from_block(block: Block, own: Mapping[str, Tensor], bn_eps: float) -> affine.Convolution:
     """The block's branches as one convolution in float64; ``own`` as ``block_tensors`` gives them, of any dtype."""
     stride = (block.stride, block.stride)
-    if block.deployed:
-        weight, bias = own["fused.weight"].double(), own["fused.bias"].double()
-        return affine.Convolution(weight, bias, stride, (1, 1, 1, 1), block.groups)
     values = []
     for branch in block.branches:
-        if branch == "identity":
+        weight = own.get(f"{branch}.weight")
+        if weight is None:
             value = affine.identity(block.in_channels)
         else:
-            weight = own[f"{branch}.weight"]
             around = (weight.shape[2] // 2, weight.shape[3] // 2)
-            value = affine.convolution(weight, None, stride=stride, padding=around, groups=block.groups)
-        value = affine.batch_normalised(
-            value,
-            weight=own[f"{branch}.bn.weight"],
-            bias=own[f"{branch}.bn.bias"],
-            mean=own[f"{branch}.bn.running_mean"],
-            variance=own[f"{branch}.bn.running_var"],
-            eps=bn_eps,
-        )
-        values.append(value)
-    return affine.materialised(affine.summed(values))
+            bias = own.get(f"{branch}.bias")
+            value = affine.convolution(weight, bias, stride=stride, padding=around, groups=block.groups)
+        values.append(_normalised(value, own, branch, bn_eps))
+    return affine.materialised(_normalised(affine.summed(values), own, "post", bn_eps))
+
+
+def _normalised(
+    value: affine.AffineConvolution, own: Mapping[str, Tensor], owner: str, bn_eps: float
+) -> affine.AffineConvolution:
+    """``value`` followed by the batch norm of a branch, or of ``post``; itself where there is none."""
+    if f"{owner}.bn.weight" not in own:
+        return value
+    return affine.batch_normalised(
+        value,
+        weight=own[f"{owner}.bn.weight"],
+        bias=own[f"{owner}.bn.bias"],
+        mean=own[f"{owner}.bn.running_mean"],
+        variance=own[f"{owner}.bn.running_var"],
+        eps=bn_eps,
+    )
 
 
 def applied(convolution: affine.Convolution, x: Tensor) -> Tensor:

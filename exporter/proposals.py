@@ -162,7 +162,8 @@ class _Fit:
 
 def _best_input(assumed: _Hypothesis, normalise: Normalisation, fit: _Fit) -> tuple[_Hypothesis, list[str]]:
     """The normalisation and channel order that suit the first batch norm, and the names of those tried."""
-    stem = next(number for number, block in enumerate(assumed.architecture.blocks, 1) if not block.deployed)
+    blocks = assumed.architecture.blocks
+    stem = next(number for number, block in enumerate(blocks, 1) if not block.deployed or block.post_batch_norm)
     named = list(_inputs(assumed, normalise))
     names = [name for name, _ in named]
     if not named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 
@@ -11,39 +12,51 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engines.outputs import Layout, layout_from_outputs
 from exporter.architecture import Architecture
-from exporter.model import logits
+from exporter.model import outputs_of_network
 
 GOLDEN_NAME = "golden.npz"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """``images`` (n, C, H, W) float32, ``outputs`` (n, classes) float64.
+    """``images`` (n, C, H, W) float32; ``named`` has each output in float64, (n, classes) or (n, C, h, w).
 
-    ``peaks`` has the largest absolute value of every tensor on the way, by its name in the ONNX graph.
+    ``peaks`` has the largest absolute value per channel (C,) of every tensor on the way, by its name in the ONNX graph.
     """
 
     images: NDArray[np.float32]
-    outputs: NDArray[np.float64]
-    peaks: dict[str, float]
+    named: dict[str, NDArray[np.float64]]
+    peaks: dict[str, NDArray[np.float64]]
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """How outputs are joined, so that one comparison judges them all."""
+        return layout_from_outputs(self.named)
+
+    @functools.cached_property
+    def outputs(self) -> NDArray[np.float64]:
+        """The outputs joined: (n, values)."""
+        return np.asarray(self.layout.joined(self.named), np.float64)
 
 
 def reference_from_repvgg(
     architecture: Architecture, tensors: Mapping[str, Tensor], images: NDArray[np.float32]
 ) -> Reference:
     """Runs the branches themselves, unfused, in float64."""
-    peaks: dict[str, float] = {}
+    peaks: dict[str, NDArray[np.float64]] = {}
 
     def observe(name: str, value: Tensor) -> None:
-        low, high = torch.aminmax(value)
-        peaks[name] = max(peaks.get(name, 0.0), float(high), -float(low))
+        others = [dim for dim in range(value.dim()) if dim != 1]
+        largest = torch.maximum(value.amax(others), -value.amin(others)).numpy()
+        peaks[name] = np.maximum(peaks[name], largest) if name in peaks else largest
 
-    outputs = logits(architecture, tensors, torch.from_numpy(images).double(), observe)
-    return Reference(images, outputs.numpy(), peaks)
+    outputs = outputs_of_network(architecture, tensors, torch.from_numpy(images).double(), observe)
+    return Reference(images, {name: value.numpy() for name, value in outputs.items()}, peaks)
 
 
 def write_golden(reference: Reference, path: pathlib.Path) -> None:
-    """``golden.npz``: ``input`` float32 and ``output`` float64, what any engine of this network must reproduce."""
+    """``golden.npz``: ``input`` float32 and each output in float64, what any engine of this network must reproduce."""
     with open(path, "wb") as file:
-        np.savez(file, input=reference.images, output=reference.outputs)
+        np.savez(file, input=reference.images, **reference.named)  # type: ignore[arg-type]

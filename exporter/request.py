@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 import re
 
@@ -10,6 +11,8 @@ from engines.arguments import LARGEST_BATCH, batch_from_text, cards_from_text, c
 from engines.sdk import SDKS
 from exporter.errors import UsageError
 from exporter.variants import variant_from_name
+
+Size = tuple[int, int]
 
 __all__ = [
     "LARGEST_BATCH",
@@ -19,10 +22,13 @@ __all__ = [
     "SDK_NAMES",
     "SMALLEST_STD",
     "Request",
+    "Size",
     "batch_from_text",
     "cards_from_text",
+    "features_from_text",
     "floats_from_text",
-    "size_from_text",
+    "size_text",
+    "sizes_from_text",
     "strides_from_text",
 ]
 
@@ -30,6 +36,8 @@ LARGEST_SIZE = 4096
 LARGEST_MEAN = 1e6
 SMALLEST_STD = 1e-30
 SDK_NAMES = tuple(sdk.module for sdk in SDKS)
+WEIGHTS = ("ema", "raw")
+"""Of a file that holds two sets: those averaged over the training, or the last ones."""
 REQUIREMENTS = ("trt",)
 """What ``--require`` can turn from "not run" into an error: ``trt``, each engine on a GPU."""
 PRECISION_NAMES = ("fp32", "fp16")
@@ -40,15 +48,20 @@ PRECISION_NAMES = ("fp32", "fp16")
 class Request:
     """One export. None means the default: inferred from the tensors, from the channels, or chosen for this machine.
 
-    ``size`` is (height, width) in pixels; ``mean`` and ``std`` are per channel, in units of pixels scaled to 0..1;
-    ``max_drop`` is in percentage points of top-1; ``require`` names what must not be left out, of REQUIREMENTS.
+    ``size`` is (height, width) in pixels, and ``size_range`` the smallest and the largest where both are dynamic;
+    ``features`` are stages, from 0; ``weights`` is one of WEIGHTS; ``mean`` and ``std`` are per channel, in units of
+    pixels scaled to 0..1; ``max_drop`` is in percentage points of top-1; ``require`` names what must not be left out,
+    of REQUIREMENTS.
     """
 
     path: pathlib.Path
     out: pathlib.Path
     onnx: bool = True
     trt: tuple[str, ...] = ()
-    size: tuple[int, int] = (224, 224)
+    size: Size = (224, 224)
+    size_range: tuple[Size, Size] | None = None
+    features: tuple[int, ...] = ()
+    weights: str | None = None
     batch: tuple[int, int, int] = (1, 8, 32)
     strides: tuple[int, ...] | None = None
     eps: float | None = None
@@ -72,8 +85,7 @@ class Request:
             _check_precision(precision, self.calibration)
         if len(set(self.trt)) != len(self.trt):
             raise UsageError("--trt: a precision is named twice; name each once")
-        if not all(1 <= side <= LARGEST_SIZE for side in self.size):
-            raise UsageError(f"--size: {self.size[0]}x{self.size[1]} is outside 1 to {LARGEST_SIZE} pixels")
+        self._check_network()
         check_batch(self.batch)
         if self.strides is not None and not all(stride in (1, 2) for stride in self.strides):
             raise UsageError("--strides: each stage's stride is 1 or 2, as in 2,2,2,2,2")
@@ -95,6 +107,33 @@ class Request:
                 ) from None
         if self.arch is not None:
             variant_from_name(self.arch)
+
+    def _check_network(self) -> None:
+        sizes = self.sizes
+        for height, width in sizes:
+            if not 1 <= min(height, width) <= max(height, width) <= LARGEST_SIZE:
+                raise UsageError(f"--size: {height}x{width} is outside 1 to {LARGEST_SIZE} pixels")
+        for smaller, larger in itertools.pairwise(sizes):
+            if smaller[0] > larger[0] or smaller[1] > larger[1]:
+                raise UsageError(f"--size: {size_text(self)}: not in the order MIN:OPT:MAX, as in 160:224:320")
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise UsageError(f"--weights {self.weights}: unknown; choose from {', '.join(WEIGHTS)}")
+        if any(stage < 0 for stage in self.features) or len(set(self.features)) != len(self.features):
+            raise UsageError("--features: each stage once, from 0, as in 1,2,3,4")
+        if list(self.features) != sorted(self.features):
+            raise UsageError("--features: stages in their order, as in 1,2,3,4")
+        if self.features and self.labels is not None:
+            raise UsageError("--labels: needs a classifier's outputs; leave --features out")
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The one size, or the smallest, the usual and the largest."""
+        return (self.size,) if self.size_range is None else (self.size_range[0], self.size, self.size_range[1])
+
+    @property
+    def profile(self) -> tuple[Size, Size, Size] | None:
+        """The sizes that an engine is built for, where they are dynamic."""
+        return None if self.size_range is None else (self.size_range[0], self.size, self.size_range[1])
 
     def _check_proof(self) -> None:
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:
@@ -118,12 +157,29 @@ def _check_precision(name: str, calibration: pathlib.Path | None) -> None:
         raise UsageError(f"--trt {name}: unknown precision{later}; choose from {', '.join(PRECISION_NAMES)}")
 
 
-def size_from_text(text: str) -> tuple[int, int]:
-    """``"224"`` or ``"224x320"`` (height x width) to (height, width)."""
-    found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text, re.ASCII)
-    if found is None:
-        raise UsageError(f"--size: {text!r} is not a number or HxW, as in 224 or 224x320")
-    return int(found[1]), int(found[2] or found[1])
+def sizes_from_text(text: str) -> tuple[Size, tuple[Size, Size] | None]:
+    """``"224"``, ``"224x320"`` (height x width) or ``"MIN:OPT:MAX"`` of such to ``Request.size`` and ``size_range``."""
+    sizes = []
+    for part in text.split(":"):
+        found = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", part, re.ASCII)
+        if found is None:
+            raise UsageError(f"--size: {text!r} is not a number, HxW or MIN:OPT:MAX, as in 224, 224x320 or 160:224:320")
+        sizes.append((int(found[1]), int(found[2] or found[1])))
+    if len(sizes) == 1:
+        return sizes[0], None
+    if len(sizes) != 3:
+        raise UsageError(f"--size: {text!r} has {len(sizes)} sizes; give one, or three as MIN:OPT:MAX")
+    return sizes[1], (sizes[0], sizes[2])
+
+
+def size_text(request: Request) -> str:
+    """As in 224x224, or 160x160:224x224:320x320: what ``sizes_from_text`` reads."""
+    return ":".join(f"{height}x{width}" for height, width in request.sizes)
+
+
+def features_from_text(text: str) -> tuple[int, ...]:
+    """``"1,2,3,4"`` to (1, 2, 3, 4)."""
+    return integers_from_text("--features", text, ",")
 
 
 def strides_from_text(text: str) -> tuple[int, ...]:

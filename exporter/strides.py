@@ -29,7 +29,7 @@ def with_strides(architecture: Architecture, strides: tuple[int, ...]) -> Archit
     blocks, seen = [], set()
     for block in architecture.blocks:
         stage = stage_of(block)
-        blocks.append(block if stage in seen else dataclasses.replace(block, stride=strides[stage]))
+        blocks.append(block if stage in seen else block.at_stride(strides[stage]))
         seen.add(stage)
     return dataclasses.replace(architecture, blocks=tuple(blocks), stage_strides=strides)
 

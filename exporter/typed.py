@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,26 +21,31 @@ from engines.runner import load
 from engines.sdk import gpu_compute_capability
 from engines.sidecar import compute_capabilities, manifest_from_build
 from exporter import checks
-from exporter.errors import DeviceFailed, SdkMissing
+from exporter.errors import DeviceFailed, SdkMissing, listed
 from exporter.measured import Measured, fixed
 from exporter.onnx_file import graph_from_file, write_onnx
-from exporter.onnx_graph import INPUT, OUTPUT, Graph, with_metadata
+from exporter.onnx_graph import INPUT, Graph, with_metadata
 from exporter.onnxruntime_cpu import Session, session_from_graph
 from exporter.plain import Plain
-from exporter.precisions import Precision
+from exporter.precisions import Exponents, Precision
 from exporter.reference import Reference
-from exporter.report import Check, EngineRecord
+from exporter.report import Check, EngineRecord, HeadroomRow, rescaled_in_words
 from exporter.request import Request
 from exporter.staging import Staging
 
 
 @dataclasses.dataclass(frozen=True)
 class Typed:
-    """A typed graph and where its ONNX file and its engine are or will be; ``files`` has external weights, too."""
+    """A typed graph and where its ONNX file and its engine are or will be; ``files`` has external weights, too.
+
+    ``kept``, ``exponents`` and ``headroom`` are what ``Rewritten`` says of them.
+    """
 
     precision: Precision
     graph: Graph
     kept: dict[str, str]
+    exponents: Exponents
+    headroom: tuple[HeadroomRow, ...]
     files: tuple[pathlib.Path, ...]
     onnx: pathlib.Path
     engine: pathlib.Path
@@ -61,12 +67,23 @@ def typed_from_graph(
     """Rewrites the float32 ``graph`` to ``precision`` and writes it to ``onnx``; from then on the file is the graph."""
     rewritten = precision.rewrite(graph, reference.peaks)
     files = tuple(write_onnx(with_metadata(rewritten.graph, metadata), onnx))
-    return Typed(precision, graph_from_file(onnx), rewritten.kept, files, onnx, onnx.with_suffix(".engine"))
+    return Typed(
+        precision,
+        graph_from_file(onnx),
+        rewritten.kept,
+        rewritten.exponents,
+        rewritten.headroom,
+        files,
+        onnx,
+        onnx.with_suffix(".engine"),
+    )
 
 
 def submit(typed: Typed, compiler: CompilerProcess, request: Request) -> None:
     """Starts the compilation; ``engine_from_typed`` waits for it."""
-    compiler.submit(CompilerRequest(str(typed.onnx), str(typed.engine), request.batch, request.gpu))
+    compiler.submit(
+        CompilerRequest(str(typed.onnx), str(typed.engine), request.batch, request.gpu, sizes=request.profile)
+    )
 
 
 def contract_checks_of_typed(typed: Typed, plain: Plain) -> list[Check]:
@@ -74,11 +91,11 @@ def contract_checks_of_typed(typed: Typed, plain: Plain) -> list[Check]:
     name, convs = typed.precision.name, [node for node in typed.graph.structure.graph.node if node.op_type == "Conv"]
     converted = [node for node in convs if typed.graph.weights[node.input[1]].dtype == np.dtype(typed.precision.dtype)]
     left = [f"{node} kept in float32: {reason}" for node, reason in typed.kept.items()]
-    kept = "".join(f"; {reason}" for reason in left)
-    detail = f"{len(converted)} of {len(convs)} convs{kept}"
+    scaled = [rescaled_in_words(row) for row in typed.headroom if row.exponents]
+    details = [f"{len(converted)} of {len(convs)} convs", *([listed(scaled, 5)] if scaled else []), *left]
     return [
-        checks.contract_check(name, typed.onnx, plain, typed.graph),
-        Check(f"{name}, precision asked for", bool(converted), None, None, detail),
+        checks.contract_check(name, typed.onnx, plain, typed.graph, typed.exponents),
+        Check(f"{name}, precision asked for", bool(converted), None, None, "; ".join(details)),
     ]
 
 
@@ -112,8 +129,8 @@ def engine_check(typed: Typed, measured: Measured, *, required: bool) -> Check:
             raise SdkMissing("no GPU answers here")
         with load(typed.engine) as runner:
 
-            def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-                return runner.run({INPUT: batch})[OUTPUT]
+            def run(batch: NDArray[np.float32]) -> Mapping[str, NDArray[Any]]:
+                return runner.run({INPUT: batch})
 
             return measured.check(name, title, lambda: run, gate, largest=True)
     except SdkMissing as missing:
@@ -146,7 +163,7 @@ def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progres
     return record, audit
 
 
-def write_sidecar(typed: Typed, record: EngineRecord, batch: tuple[int, int, int], stage: Staging) -> None:
+def write_sidecar(typed: Typed, record: EngineRecord, request: Request, stage: Staging) -> None:
     """Writes ``<engine>.json`` beside the engine, and seals both."""
     stage.seal(typed.engine)
     manifest = manifest_from_build(
@@ -155,7 +172,7 @@ def write_sidecar(typed: Typed, record: EngineRecord, batch: tuple[int, int, int
         sha256={"onnx": stage.sha256(typed.onnx), "engine": stage.sha256(typed.engine)},
         sdk={"name": record.sdk, "version": record.sdk_version},
         cards=record.compute_capabilities,
-        batch=batch,
+        batch=request.batch,
         audit=record.audit,
     )
     path = sidecar_path(typed.engine)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 import zipfile
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.arguments import integers_from_text
 from engines.golden import golden_from_file
 from engines.parity import GATES, Gate
 from exporter.checkpoint import checkpoint_from_path, is_checkpoint
@@ -23,12 +27,12 @@ from exporter.dataset import dataset_from_npz
 from exporter.description import number_text
 from exporter.errors import ArchitectureRejected, InputRejected, UsageError, VerificationFailed
 from exporter.images import noise_images, normalisation
-from exporter.ledger import stage_from_run
+from exporter.ledger import IMAGES_AT_ONCE
 from exporter.measured import FLOAT32_LOSS_FACTOR, Judge, Measured, at_least, fixed
 from exporter.reference import Reference
 from exporter.report import Check, LedgerRow
-from exporter.repvgg import repvgg_from_checkpoint, training_time_loss
-from exporter.request import Request, floats_from_text, size_from_text, strides_from_text
+from exporter.repvgg import network_from_checkpoint, training_time_loss
+from exporter.request import Request, Size, features_from_text, floats_from_text, sizes_from_text
 
 LARGEST_COUNT = 256
 """Of a file of images, so many are compared."""
@@ -63,7 +67,12 @@ class Verdict:
 
 
 def verdict_from_files(
-    first: pathlib.Path, second: pathlib.Path, told: Request, inputs: pathlib.Path | None, gate: Gate | None
+    first: pathlib.Path,
+    second: pathlib.Path,
+    told: Request,
+    inputs: pathlib.Path | None,
+    gate: Gate | None,
+    size: Size | None = None,
 ) -> Verdict:
     """Compares two of checkpoint, ONNX file and engine.
 
@@ -73,6 +82,7 @@ def verdict_from_files(
         told: what is known about a checkpoint; where it is silent, the other file's assumptions are taken.
         inputs: an ``.npz`` with ``images``, or with ``input`` as in ``golden.npz``; None for seeded noise.
         gate: how near is near enough; None for the gate of the coarser precision.
+        size: of the images, where both files take any; None for the one that a file was made for, or ``told``'s.
 
     Raises:
         InputRejected: a file cannot be read.
@@ -81,6 +91,7 @@ def verdict_from_files(
     """
     assumptions = _agreed_assumptions(first, second)
     request = _with_assumptions(told, assumptions)
+    request = request if size is None else dataclasses.replace(request, size=size)
     try:
         contenders = _contenders(first, second, request)
     except (ArchitectureRejected, UsageError) as error:
@@ -91,16 +102,53 @@ def verdict_from_files(
     channels, size = _common_shape(reference, candidate, request)
     request = dataclasses.replace(request, size=size)
     images, source = _images(inputs, channels, request)
-    with reference.opened() as run:
-        outputs = stage_from_run(reference.title, run, images).outputs.astype(np.float64)
-    measured = Measured(Reference(images, outputs, {}), _largest(candidate, size))
+    translated = _same_outputs(reference, candidate)
+    measured = Measured(_reference_from_contender(reference, images), _largest(candidate, size))
     judge = _judge(gate, reference, candidate, request, measured)
     with candidate.opened() as run:
         check = measured.check(
-            candidate.title, f"{candidate.title} against {reference.title}", lambda: run, judge, largest=True
+            candidate.title,
+            f"{candidate.title} against {reference.title}",
+            lambda: lambda batch: {translated[name]: value for name, value in run(batch).items()},
+            judge,
+            largest=True,
         )
     used = _assumptions_used(request) if "checkpoint" in (reference.kind, candidate.kind) else assumptions
     return Verdict(reference.title, candidate.title, source, used, (check,), measured.ledger)
+
+
+def _reference_from_contender(contender: Contender, images: NDArray[np.float32]) -> Reference:
+    """What the more exact of the two answers to ``images``, in a batch of one and batches of the rest."""
+    with contender.opened() as run:
+        starts = [0, *range(1, len(images), IMAGES_AT_ONCE), len(images)]
+        parts = []
+        for start, stop in itertools.pairwise(starts):
+            if start < stop:
+                parts.append(run(np.ascontiguousarray(images[start:stop])))
+                _check_rows(contender, parts[-1], stop - start)
+    return Reference(
+        images, {name: np.concatenate([part[name] for part in parts]).astype(np.float64) for name in parts[0]}, {}
+    )
+
+
+def _check_rows(contender: Contender, outputs: Mapping[str, NDArray[Any]], count: int) -> None:
+    for name, values in outputs.items():
+        if values.ndim < 2:
+            raise VerificationFailed(f"{contender.title}: {name} has no row for each image")
+        if len(values) != count:
+            raise VerificationFailed(f"{contender.title}: a batch of {count} came back as {len(values)} rows")
+
+
+def _same_outputs(reference: Contender, candidate: Contender) -> dict[str, str]:
+    """The reference's name of each of the candidate's outputs: the same, or where names differ, that in its place."""
+    if set(reference.outputs) == set(candidate.outputs):
+        return {name: name for name in candidate.outputs}
+    if len(reference.outputs) != len(candidate.outputs):
+        raise VerificationFailed(
+            f"{reference.title} has the outputs {', '.join(reference.outputs)}, {candidate.title} has "
+            f"{', '.join(candidate.outputs)}: not the same network; see --features"
+        )
+    return dict(zip(candidate.outputs, reference.outputs, strict=True))
 
 
 def _contenders(first: pathlib.Path, second: pathlib.Path, request: Request) -> list[Contender]:
@@ -116,6 +164,10 @@ def _contenders(first: pathlib.Path, second: pathlib.Path, request: Request) -> 
 def _agreed_assumptions(first: pathlib.Path, second: pathlib.Path) -> dict[str, str]:
     """What the two files say they were made under."""
     ours, theirs = assumptions_of(first), assumptions_of(second)
+    if ":" in ours.get("size", "") and "size" in theirs:  # a file of any size takes the other's
+        ours["size"] = theirs["size"]
+    elif ":" in theirs.get("size", "") and "size" in ours:
+        theirs["size"] = ours["size"]
     different = sorted(name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name])
     if different:
         listed = ", ".join(f"{name} {ours[name]} and {theirs[name]}" for name in different)
@@ -126,22 +178,25 @@ def _agreed_assumptions(first: pathlib.Path, second: pathlib.Path) -> dict[str, 
 def _with_assumptions(told: Request, assumptions: dict[str, str]) -> Request:
     """``told``, and where it is silent, what the files say."""
     try:
-        size = size_from_text(assumptions["size"]) if "size" in assumptions else told.size
-        strides = strides_from_text(assumptions["strides"]) if "strides" in assumptions else None
+        size = sizes_from_text(assumptions["size"])[0] if "size" in assumptions else told.size
+        strides = integers_from_text("strides", assumptions["strides"], ",") if "strides" in assumptions else None
+        features = features_from_text(assumptions["features"]) if "features" in assumptions else ()
         eps, mean, std = (
             floats_from_text(name, assumptions[name]) if name in assumptions else None
             for name in ("eps", "mean", "std")
         )
+        return dataclasses.replace(
+            told,
+            size=size,
+            features=told.features or features,
+            weights=told.weights or assumptions.get("weights"),
+            strides=told.strides or strides,
+            eps=told.eps if told.eps is not None or eps is None else eps[0],
+            mean=told.mean or mean,
+            std=told.std or std,
+        )
     except UsageError as error:
         raise InputRejected(f"the assumptions in the file's metadata make no sense: {error}") from error
-    return dataclasses.replace(
-        told,
-        size=size,
-        strides=told.strides or strides,
-        eps=told.eps if told.eps is not None or eps is None else eps[0],
-        mean=told.mean or mean,
-        std=told.std or std,
-    )
 
 
 def _assumptions_used(request: Request) -> dict[str, str]:
@@ -149,6 +204,10 @@ def _assumptions_used(request: Request) -> dict[str, str]:
     eps = None if request.eps is None else (request.eps,)
     used = {"strides": request.strides, "eps": eps, "mean": request.mean, "std": request.std}
     texts = {name: ",".join(map(number_text, values)) for name, values in used.items() if values is not None}
+    if request.features:
+        texts["features"] = ",".join(map(str, request.features))
+    if request.weights is not None:
+        texts["weights"] = request.weights
     return {"size": f"{request.size[0]}x{request.size[1]}", **texts}
 
 
@@ -192,7 +251,8 @@ def _images(path: pathlib.Path | None, channels: int, request: Request) -> tuple
 def _is_golden(path: pathlib.Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
-            return {"input.npy", "output.npy"} <= set(archive.namelist())
+            names = set(archive.namelist())
+            return "input.npy" in names and "images.npy" not in names
     except (OSError, ValueError, zipfile.BadZipFile):
         return False  # the reader of images says what is wrong with it
 
@@ -209,9 +269,7 @@ def _judge(
         return fixed(gate)
     if candidate.precision == "fp32" and reference.kind == "checkpoint":
         told = dataclasses.replace(request, path=reference.path)
-        architecture, _ = repvgg_from_checkpoint(checkpoint_from_path(reference.path), told)
-        against = Reference(measured.images, measured.reference, {})
-        return at_least(
-            GATES["fp32"], functools.partial(training_time_loss, told, architecture, against), FLOAT32_LOSS_FACTOR
-        )
+        network = network_from_checkpoint(checkpoint_from_path(reference.path, told.weights), told)
+        loss = functools.partial(training_time_loss, told, network.architecture, measured.source)
+        return at_least(GATES["fp32"], loss, FLOAT32_LOSS_FACTOR)
     return fixed(GATES["fp16" if candidate.precision == "fp16" else "fp32"])

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from engines.console import Parser, exit_code_of
 from exporter.cli import MEMORY_HINT, add_assumptions, add_output, assumptions_from
 from exporter.errors import UsageError, VerificationFailed
-from exporter.request import Request, floats_from_text
+from exporter.request import Request, features_from_text, floats_from_text, sizes_from_text
 
 if TYPE_CHECKING:
     from engines.interrupts import Interrupts
@@ -42,6 +42,7 @@ def verdict_of(
     inputs: str | os.PathLike[str] | None = None,
     gate: Gate | None = None,
     told: Request | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Verdict:
     """Compares two of checkpoint, ONNX file and engine; what the command line calls.
 
@@ -51,6 +52,7 @@ def verdict_of(
         inputs: an ``.npz`` with ``images`` to compare on; None for seeded noise.
         gate: how near is near enough; None for the gate of the coarser precision.
         told: assumptions about a checkpoint that override those of the other file; its paths do not matter.
+        size: (height, width) of the images, where no file fixes it; None for the one that a file was made for.
 
     Returns:
         The verdict; look at ``passed``.
@@ -65,7 +67,7 @@ def verdict_of(
 
     first, second = pathlib.Path(a), pathlib.Path(b)
     given = told or Request(path=first, out=pathlib.Path())
-    return verdict_from_files(first, second, given, None if inputs is None else pathlib.Path(inputs), gate)
+    return verdict_from_files(first, second, given, None if inputs is None else pathlib.Path(inputs), gate, size)
 
 
 def _parser() -> Parser:
@@ -79,7 +81,10 @@ def _parser() -> Parser:
     parser.add_argument("a", type=pathlib.Path, metavar="A", help="a checkpoint, an ONNX file or an engine")
     parser.add_argument("b", type=pathlib.Path, metavar="B", help="another")
     parser.add_argument("--inputs", type=pathlib.Path, metavar="NPZ", help="images to compare on, instead of noise")
-    parser.add_argument("--size", default="224", metavar="N|HxW", help="image size, where no file says (default: 224)")
+    parser.add_argument(
+        "--size", metavar="N|HxW", help="image size, where no file fixes it (default: the one it was made for, or 224)"
+    )
+    parser.add_argument("--features", metavar="S[,S]", help="stages whose results a checkpoint's outputs are")
     parser.add_argument("--gate", metavar="E", help="largest relative error (default: 5e-6 for fp32, 5e-3 for fp16)")
     add_assumptions(parser)
     add_output(parser)
@@ -95,8 +100,12 @@ def _run(arguments: argparse.Namespace, _interrupts: Interrupts) -> int:
         if len(numbers) != 1 or numbers[0] < 0:
             raise UsageError(f"--gate: {arguments.gate!r} is not one number from 0 on, as in 1e-3")
         gate = Gate(numbers[0], top1=True)
-    told = Request(path=arguments.a, out=pathlib.Path(), **assumptions_from(arguments))
-    verdict = verdict_of(arguments.a, arguments.b, inputs=arguments.inputs, gate=gate, told=told)
+    features = () if arguments.features is None else features_from_text(arguments.features)
+    size, size_range = (None, None) if arguments.size is None else sizes_from_text(arguments.size)
+    if size_range is not None:
+        raise UsageError(f"--size {arguments.size}: two files are compared at one size; give one")
+    told = Request(path=arguments.a, out=pathlib.Path(), features=features, **assumptions_from(arguments))
+    verdict = verdict_of(arguments.a, arguments.b, inputs=arguments.inputs, gate=gate, told=told, size=size)
     if arguments.json:
         from exporter.report import plain_json
 

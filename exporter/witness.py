@@ -12,6 +12,8 @@ and without images, in a block with an identity and a 1x1 branch, which see the 
 
     disagreement    |W m_identity - m_1x1| / sqrt(v_1x1 + eps)
 
+A batch norm behind a sum of branches sees whether an identity without tensors (QARepVGG) is where it is assumed.
+
 The verdict takes the largest excess over the layers. Thresholds stand on six trained networks (Fashion-MNIST and
 CIFAR-10, 28 and 32 pixels; with little and with heavy augmentation, one with SE, one in the middle of its training;
 benchmarks/witness_table.py makes the part of the table that needs nothing but this project):
@@ -49,7 +51,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.architecture import Architecture, Block
-from exporter.model import block_output, block_tensors, branch_sum
+from exporter.model import block_output, block_tensors, branch_convolution, branch_sum, normalised
 
 CLEAR_DRIFT, CLEAR_SPREAD = 0.075, 0.15
 WRONG_DRIFT, WRONG_SPREAD = 0.4, 0.5
@@ -158,28 +160,22 @@ def layers_from_images(
     return images, tuple(layer for one in asked for layer in one.layers(images)) if images else ()
 
 
-def branch_outputs(block: Block, own: Mapping[str, Tensor], x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What the batch norm of each branch of a training block is given for ``x`` (N, in, H, W)."""
-    for branch in block.branches:
-        y = x
-        if branch != "identity":
-            weight = own[f"{branch}.weight"]
-            y = functional.conv2d(x, weight, None, block.stride, weight.shape[-1] // 2, 1, block.groups)
-        yield branch, y
-
-
 def agreements_from_tensors(architecture: Architecture, tensors: Mapping[str, Tensor]) -> tuple[BlockAgreement, ...]:
-    """Each block with both an identity and a 1x1 branch, held against itself; needs no images."""
+    """Each block whose identity and a 1x1 branch see the same x, held against itself; needs no images."""
     found = []
     for block in architecture.blocks:
-        if not {"identity", "pointwise"} <= set(block.branches):
+        if "identity" not in block.branches:
             continue
         own = block_tensors(tensors, block, torch.float64)
         seen = own["identity.bn.running_mean"].reshape(1, -1, 1, 1)
-        expected = functional.conv2d(seen, own["pointwise.weight"], groups=block.groups).flatten()
-        deviation = torch.sqrt(own["pointwise.bn.running_var"] + architecture.bn_eps)
-        disagreement = ((expected - own["pointwise.bn.running_mean"]).abs() / deviation).mean()
-        found.append(BlockAgreement(block.name, float(disagreement)))
+        for branch in block.branches:
+            weight = own.get(f"{branch}.weight")
+            if weight is None or weight.shape[2:] != (1, 1) or f"{branch}.bn.weight" not in own:
+                continue
+            expected = functional.conv2d(seen, weight, groups=block.groups).flatten()
+            deviation = torch.sqrt(own[f"{branch}.bn.running_var"] + architecture.bn_eps)
+            disagreement = ((expected - own[f"{branch}.bn.running_mean"]).abs() / deviation).mean()
+            found.append(BlockAgreement(block.name, float(disagreement)))
     return tuple(found)
 
 
@@ -196,22 +192,36 @@ class _Asked:
         self.sums: dict[str, Tensor] = {}
         self.scales: dict[str, Tensor] = {}
         self.shift = torch.zeros(block.out_channels)
-        for branch in () if block.deployed else block.branches:
-            scale = self._of(branch, "weight") / torch.sqrt(self._of(branch, "running_var") + eps)
-            self.shift += (self._of(branch, "bias") - self._of(branch, "running_mean") * scale).float()
-            self.scales[branch] = scale.float().reshape(-1, 1, 1)
-            self.sums[branch] = torch.zeros(5, len(scale), dtype=torch.float64)
+        for owner in (*block.branches, "post"):
+            if f"{owner}.bn.weight" not in self.own:
+                continue
+            scale = self._of(owner, "weight") / torch.sqrt(self._of(owner, "running_var") + eps)
+            if owner != "post":  # which is no part of the branches' sum
+                self.shift += (self._of(owner, "bias") - self._of(owner, "running_mean") * scale).float()
+            self.scales[owner] = scale.float().reshape(-1, 1, 1)
+            self.sums[owner] = torch.zeros(5, len(scale), dtype=torch.float64)
 
     def output(self, x: Tensor) -> Tensor:
         """What leaves the block for ``x`` (n, in, H, W)."""
-        if self.block.deployed:
+        if self.block.deployed and not self.block.post_batch_norm:
             return block_output(self.block, self.own, branch_sum(self.block, self.own, x, self.eps))
         total = self.shift.reshape(-1, 1, 1)
-        for branch, y in branch_outputs(self.block, self.own, x):
-            mean, square = y.mean(dim=(2, 3)).double(), y.square().mean(dim=(2, 3)).double()
-            self.sums[branch] += torch.stack([mean, square, mean**2, square**2, mean * square]).sum(dim=1)
-            total = torch.addcmul(total, y, self.scales[branch])
+        for branch in self.block.branches:
+            y = branch_convolution(self.block, branch, self.own, x)
+            if branch in self.scales:
+                self._ask(branch, y)
+                total = torch.addcmul(total, y, self.scales[branch])
+            else:
+                total = total + y
+        if self.block.post_batch_norm:
+            self._ask("post", total)
+            total = normalised(self.own, "post", total, self.eps)
         return block_output(self.block, self.own, total)
+
+    def _ask(self, owner: str, y: Tensor) -> None:
+        """Adds up what the batch norm of ``owner`` is given: ``y`` (n, C, h, w)."""
+        mean, square = y.mean(dim=(2, 3)).double(), y.square().mean(dim=(2, 3)).double()
+        self.sums[owner] += torch.stack([mean, square, mean**2, square**2, mean * square]).sum(dim=1)
 
     def layers(self, images: int) -> Iterator[LayerWitness]:
         """A row for each batch norm. A variance's standard error is that of q - 2 m' m."""

@@ -7,7 +7,17 @@ import dataclasses
 from hypothesis import strategies as st
 
 from engines.parity import Comparison, Flip
-from exporter.report import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
+from exporter.report import (
+    AccuracyRow,
+    Check,
+    EngineRecord,
+    FileRecord,
+    Headroom,
+    HeadroomRow,
+    LayerRow,
+    LedgerRow,
+    Report,
+)
 
 DIGEST = "0123456789abcdef" * 4
 
@@ -45,20 +55,25 @@ REPORT = Report(
         "sha256": DIGEST,
         "container": "state_dict",
         "unused_beside_it": ("ema",),
+        "weights": "ema",
+        "left_out": ("aux.fc.weight",),
         "lineage": "official",
         "form": "training",
     },
     architecture={
         "title": "RepVGG-A0",
+        "family": "RepVGG",
         "variant": "A0",
         "depths": (1, 2),
         "widths": (48, 96),
         "stage_strides": (2, 2),
         "strides_told_by_tensors": (False, True),
         "groups": [1, 1, 1],
+        "kernels": [3, 3, 1],
         "se_channels": [None, 6, 6],
         "in_channels": 3,
         "classes": 1000,
+        "features": (1, 2),
         "bn_eps": 1e-5,
     },
     assumptions={"strides": "2,2", "eps": "1e-05", "size": "224x224", "mean": "0.5,0.5,0.5", "std": "1,1,1"},
@@ -73,6 +88,12 @@ REPORT = Report(
     layers=(LayerRow("stage0.0", {"fused, float64": 1e-16, "fp16": 2e-3}), LayerRow("output", {"fp16": float("nan")})),
     first_departing_layer="stage0.0 in fp16",
     accuracy=(AccuracyRow("fp32", 2000, 0.93, 0.0, 0.0, 1.0), AccuracyRow("fp16", 2000, 0.925, 0.005, 0.0012, 0.99)),
+    headroom=(
+        HeadroomRow("stage0.0/Conv", Headroom(131008.0, 2, 0.5, -1.0), Headroom(8188.0, 2, 8.0, 3.0), (0, 1, -4), None),
+        HeadroomRow(
+            "stage1.0/se/expand/Conv", Headroom(2.0, 0, 32752.0, 15.0), Headroom(2.0, 0, 32752.0, 15.0), (), "a Sigmoid"
+        ),
+    ),
     witness={
         "verdict": "suspicious",
         "images": 128,
@@ -143,6 +164,15 @@ layers = st.builds(LayerRow, names, st.dictionaries(names, numbers, max_size=3))
 accuracies = st.builds(
     AccuracyRow, st.sampled_from(["fp32", "fp16"]), st.integers(1, 10**6), fractions, fractions, numbers, fractions
 )
+headrooms = st.builds(Headroom, numbers, counts, numbers, numbers)
+headroom_rows = st.builds(
+    HeadroomRow,
+    names,
+    headrooms,
+    headrooms,
+    st.just(()) | st.lists(st.integers(-40, 40), min_size=1, max_size=4).map(lambda powers: (*powers, 1)),
+    st.none() | names,
+)
 reports = st.builds(
     lambda name, **fields: dataclasses.replace(REPORT, checkpoint={**REPORT.checkpoint, "name": name}, **fields),
     names,
@@ -152,6 +182,7 @@ reports = st.builds(
     layers=st.lists(layers, max_size=3).map(tuple),
     first_departing_layer=st.none() | names,
     accuracy=st.lists(accuracies, max_size=2).map(tuple),
+    headroom=st.lists(headroom_rows, max_size=7).map(tuple),
     versions=st.dictionaries(names, names, max_size=3),
     engines=st.sampled_from([(), REPORT.engines]),
 )

@@ -26,7 +26,7 @@ SHELL_LINES = [
     line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line
 ]
 COMMANDS = [shlex.split(line.removeprefix("python ")) for line in SHELL_LINES if line.startswith("python ")]
-INSTALLS = [line.removeprefix("pip install ").strip("'") for line in SHELL_LINES if line.startswith("pip install ")]
+INSTALLS = [shlex.split(line)[2:] for line in SHELL_LINES if line.startswith("pip install ")]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NO_GPU = 4
 
@@ -47,11 +47,11 @@ def here(tmp_path_factory):
 
 def test_every_shell_line_is_one_that_a_test_runs():
     assert len(COMMANDS) + len(INSTALLS) == len(SHELL_LINES)
-    assert {tuple(command[:2]) for command in COMMANDS} == {
+    assert {tuple(command[:2]) for command in COMMANDS if command[0] == "-m"} == {
         ("-m", "exporter"), ("-m", "exporter.verify"), ("-m", "engines"),
     }  # fmt: skip
     assert len(COMMANDS) >= 15
-    assert len(INSTALLS) == 2
+    assert len(INSTALLS) == 4
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -102,9 +102,9 @@ def test_the_file_of_expected_answers_is_one_that_the_snippet_makes(here):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", INSTALLS)
+@pytest.mark.parametrize("target", [target for target in INSTALLS if "-c" not in target], ids=" ".join)
 def test_every_install_command_resolves(target):
-    arguments = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "-c", "constraints.txt", target]
+    arguments = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "-c", "constraints.txt", *target]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -122,7 +122,7 @@ def test_what_is_recognised_is_what_the_tuples_hold():
     section = README.split("## What is recognised")[1].split("##")[0]
     assert all(lineage.name in section for lineage in LINEAGES)
     assert re.search(r"\| precisions \| (.*) \|", section)[1] == ", ".join(f"`{name}`" for name in PRECISION_NAMES)
-    assert {VARIANTS[0].name, "B3", VARIANTS[-1].name} <= set(re.findall(r"\b[ABD]\d(?:se)?\b", section))
+    assert {VARIANTS[0].name, "B3", VARIANTS[-1].name} <= set(re.findall(r"\b[ABDS]\d(?:se)?\b", section))
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -36,7 +36,10 @@ class EngineTensor:
 
 
 class LoadedEngine:
-    """An engine in GPU memory; ``tensors`` in its own order, ``batch`` the smallest and the largest that it takes."""
+    """An engine in GPU memory; ``tensors`` in its own order, ``batch`` the smallest and the largest that it takes.
+
+    ``profile`` has the smallest and the largest shape of each input.
+    """
 
     def __init__(self, calls: SdkCalls, cuda: Any, engine: bytes, cache_file: RuntimeCacheFile | None) -> None:
         """Deserializes ``engine`` on the current device, unchecked.
@@ -61,6 +64,7 @@ class LoadedEngine:
             self._resources.callback(self._drop, "_engine")
             self.tensors = engine_tensors(calls, self._engine)
             self.batch = common_batch(calls, self.tensors)
+            self.profile = {tensor.description.name: tensor.profile for tensor in self.tensors if tensor.profile}
             self._configure(cache_file)
             self._activations = DeviceBuffer(cuda, self._engine.device_memory_size_v2)
             self._resources.callback(self._activations.close)

@@ -6,7 +6,7 @@ for RTX has is asked for by name: its cache of kernels, and whether a context ca
     run       numpy in, numpy out: pinned staging, copies and kernels on one stream of its own, one synchronisation
     enqueue   device arrays in and out on the caller's stream: no copy, no synchronisation
 
-Everything is allocated once, for the profile's maximum, and freed in reverse order by ``close``, also after a failure.
+Everything is allocated once, for the largest shapes, and freed in reverse order by ``close``, also after a failure.
 With ``graph``, ``run`` launches a shape that it has seen before as a CUDA graph (``engines.backends.recordings``). All
 contexts share one block of memory for activations; their work is therefore always ordered, across streams by an event.
 
@@ -25,7 +25,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.backends.backend import Arrays, TensorDescription
+from engines.backends.backend import Arrays, Profile, TensorDescription, check_extents
 from engines.backends.loaded_engine import LoadedEngine, Shapes
 from engines.backends.recordings import Recordings
 from engines.backends.sdk_calls import SdkCalls, imported_sdk
@@ -38,7 +38,7 @@ from engines.cuda import (
     is_capturing,
     selected_device,
 )
-from engines.device_arrays import DeviceArray, device_array, require, stream_handle
+from engines.device_arrays import DeviceArray, device_array, fitting_shape, require, stream_handle
 from engines.errors import DeviceFailed, InputRejected, UsageError, listed
 from engines.integrity import check_card, check_sdk_installed, check_sdk_version
 from engines.manifest import Manifest
@@ -53,6 +53,7 @@ class TensorRT:
     inputs: tuple[TensorDescription, ...]
     outputs: tuple[TensorDescription, ...]
     batch: tuple[int, int | None]
+    profile: Profile
 
     @classmethod
     def open(
@@ -121,6 +122,7 @@ class TensorRT:
                 self._loaded = LoadedEngine(calls, cuda, engine, cache_file)
                 self._resources.callback(self._close_loaded)
                 self.batch = self._loaded.batch
+                self.profile = self._loaded.profile
                 self._allocate(self._loaded, graph=graph)
                 self.inputs = tuple(tensor.description for tensor in self._staging.inputs)
                 self.outputs = tuple(tensor.description for tensor in self._staging.outputs)
@@ -237,7 +239,7 @@ class TensorRT:
         self._resources.callback(self._done.close)
         self._produced = Event(self._cuda)
         self._resources.callback(self._produced.close)
-        largest = {tensor.description.name: tensor.profile[1] for tensor in loaded.tensors if tensor.profile}
+        largest = {name: most for name, (_, most) in self.profile.items()}
         largest |= loaded.set_shapes(self._context, largest)
         self._staging = Staging(self._calls, self._cuda, self._resources, loaded.tensors, largest)
         self._resources.callback(self._drain)
@@ -269,8 +271,10 @@ class TensorRT:
         if not least <= batch <= (most or batch):
             raise UsageError(f"{name}: a batch of {batch} is outside of the engine's profile, {least} to {most}")
         for tensor in self._staging.inputs:
-            array = arrays[tensor.name]
-            require(tensor.name, array, tensor.dtype, _with_batch(tensor, array.shape, batch), written=False)
+            array, (_, largest) = arrays[tensor.name], self.profile[tensor.name]
+            expected = fitting_shape(tensor.description.shape, largest, array.shape, batch)
+            require(tensor.name, array, tensor.dtype, expected, written=False)
+            check_extents(tensor.name, array.shape, self.profile)
         return {name: array.shape for name, array in arrays.items()}
 
     def _hold_back_for(self, arrays: Mapping[str, DeviceArray], stream: int) -> None:
@@ -281,15 +285,6 @@ class TensorRT:
             self._produced.hold_back(stream)
         if self._in_flight:
             self._done.hold_back(stream)
-
-
-def _with_batch(tensor: StagedTensor, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
-    """The engine's shape of an input, with its free extents from ``shape``."""
-    fixed = tensor.description.shape
-    if len(shape) != len(fixed):
-        return tuple(extent or batch for extent in fixed)
-    free = (batch, *shape[1:])
-    return tuple(given if extent is None else extent for extent, given in zip(fixed, free, strict=True))
 
 
 def _read(path: pathlib.Path) -> bytes:

@@ -9,6 +9,7 @@ from engines.arguments import batch_from_text, cards_from_text
 from engines.build import Build, build
 from engines.compiler import HARDWARE_COMPATIBILITY, Options
 from engines.errors import VerificationFailed
+from engines.sizes import sizes_from_text
 
 NAME = "build"
 HELP = "compile a typed ONNX file of the exporter into an engine, audit that, and write its sidecar"
@@ -20,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=pathlib.Path, metavar="ENGINE", help="(default: ONNX with the suffix .engine)")
     parser.add_argument(
         "--batch", default="1:8:32", metavar="MIN:OPT:MAX", help="the engine's batches (default: 1:8:32)"
+    )
+    parser.add_argument(
+        "--size",
+        metavar="MIN:OPT:MAX",
+        help="its images, each N or HxW, for a graph of free size (default: as exported)",
     )
     parser.add_argument(
         "--sdk", help="tensorrt (needs a GPU) or tensorrt_rtx (default: the first that this machine can use)"
@@ -51,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             sdk=arguments.sdk,
             gpu=() if arguments.gpu is None else cards_from_text(arguments.gpu),
             batch=batch_from_text(arguments.batch),
+            sizes=None if arguments.size is None else sizes_from_text(arguments.size),
             options=_options(arguments),
         )
     except VerificationFailed as failure:
@@ -75,10 +82,12 @@ def lines_from_build(made: Build) -> list[str]:
     """What there is to say of a finished build, a line each; an engine that was not audited is never called ok."""
     manifest, folder = made.manifest, made.engine.parent
     cards = ", ".join(f"sm{card}" for card in manifest.compute_capabilities) or "the cards that it says itself"
-    batches = ":".join(str(shape[0]) for shape in next(iter(manifest.profile.values())))
+    profile = next(iter(manifest.profile.values()))
+    batches = ":".join(str(shape[0]) for shape in profile)
+    sizes = ", size " + manifest.assumptions["size"] if len({shape[1:] for shape in profile}) > 1 else ""
     mark = "ok  " if made.audit.audited else "skip"
     lines = [
-        f"compiled with {manifest.sdk['name']} {manifest.sdk['version']} for {cards}, batch {batches}, "
+        f"compiled with {manifest.sdk['name']} {manifest.sdk['version']} for {cards}, batch {batches}{sizes}, "
         f"in {made.seconds:.1f} s",
         *(f"note the compiler says: {' '.join(warning.split())}" for warning in made.warnings),
         f"{mark} {manifest.precision}, engine audit: {made.audit.line}",

@@ -1,8 +1,25 @@
-"""The names of the RepVGG authors' own code (DingXiaoH/RepVGG, ``repvgg.py``), also used by many forks."""
+"""The names of the RepVGG authors' own code (DingXiaoH/RepVGG, ``repvgg.py``), also used by many forks.
+
+Its quantization-aware training keeps a batch norm behind the fused convolution (``rbr_reparam.conv``,
+``rbr_reparam.bn``): here that is a block whose only branch is the dense one.
+"""
 
 from __future__ import annotations
 
 from exporter.lineages.lineage import Lineage
+
+BRANCHES = (
+    ("rbr_dense.conv", "dense"),
+    ("rbr_dense.bn", "dense.bn"),
+    ("rbr_1x1.conv", "pointwise"),
+    ("rbr_1x1.bn", "pointwise.bn"),
+    ("rbr_identity", "identity.bn"),
+)
+FUSED = (
+    ("rbr_reparam.conv", "dense"),
+    ("rbr_reparam.bn", "dense.bn"),
+    ("rbr_reparam", "fused"),
+)
 
 OFFICIAL = Lineage(
     name="official",
@@ -14,12 +31,8 @@ OFFICIAL = Lineage(
     first_stage=1,
     head="linear",
     modules=(
-        ("rbr_dense.conv", "dense"),
-        ("rbr_dense.bn", "dense.bn"),
-        ("rbr_1x1.conv", "pointwise"),
-        ("rbr_1x1.bn", "pointwise.bn"),
-        ("rbr_identity", "identity.bn"),
-        ("rbr_reparam", "fused"),
+        *BRANCHES,
+        *FUSED,
         ("se.down", "se.reduce"),
         ("se.up", "se.expand"),
     ),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from exporter.precisions.fp16 import FP16
 from exporter.precisions.fp32 import FP32
-from exporter.precisions.precision import Precision, Rewritten
+from exporter.precisions.precision import Exponents, Precision, Rewritten
 
-__all__ = ["PRECISIONS", "Precision", "Rewritten"]
+__all__ = ["PRECISIONS", "Exponents", "Precision", "Rewritten"]
 
 PRECISIONS: tuple[Precision, ...] = (FP32, FP16)

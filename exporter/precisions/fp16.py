@@ -1,8 +1,10 @@
 """float16: every weight and activation in half precision, float32 at the graph's input and output.
 
-The rewrite gives each node a type. Half is the rule; a node stays in float32 when one of its weights is beyond 65504 in
-float16, or when a tensor that goes into or out of it was seen beyond that (``peaks``). A Cast stands wherever a tensor
-crosses from one type to the other, so also behind the input and before the output.
+First, channels that leave half too little room are rescaled by powers of two (``exporter.precisions.rescaling``). Then
+the rewrite gives each node a type. Half is the rule; a node stays in float32 when one of its weights is still beyond
+65504, or a tensor that goes into or out of it was seen beyond that (``peaks``). A Cast stands wherever a tensor crosses
+from one type to the other, so also behind the input and before each output; what is an output of the network and read
+in it, too, is read before that Cast.
 
     half    ulp 2^-11 relative, largest 65504, below 6e-8 zero
 
@@ -23,24 +25,32 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from engines.parity import GATES
-from exporter.onnx_graph import INPUT, OUTPUT, Graph, checked
+from exporter.onnx_graph import Graph, checked
+from exporter.precisions.headroom import headroom_of_graph
 from exporter.precisions.precision import Peaks, Precision, Rewritten
-
-HALF_MAX = float(np.finfo(np.float16).max)
+from exporter.precisions.rescaling import HALF_MAX, rescaled
 
 
 def half_from_float(graph: Graph, peaks: Peaks) -> Rewritten:
     """Rewrites a float32 graph to half precision; nodes that would overflow are kept, by name and with the reason."""
+    fitted = rescaled(graph, peaks)
     nodes = list(graph.structure.graph.node)
-    kept = {node.name: reason for node in nodes if (reason := _overflow(node, graph.weights, peaks))}
+    kept = {node.name: reason for node in nodes if (reason := _overflow(node, fitted.largest, fitted.peaks))}
     kept |= _readers_of(kept, nodes)
     half_nodes = [node for node in nodes if node.name not in kept]
     half_weights = {name for node in half_nodes for name in node.input if name in graph.weights}
-    weights = {name: _half(array) if name in half_weights else array for name, array in graph.weights.items()}
-    types = {INPUT: TensorProto.FLOAT}
+    weights = {name: _half(array) if name in half_weights else array for name, array in fitted.graph.weights.items()}
+    typed = checked(_with(graph, _typed_nodes(graph, kept), weights))
+    return Rewritten(typed, kept, fitted.exponents, headroom_of_graph(graph, peaks, fitted.exponents))
+
+
+def _typed_nodes(graph: Graph, kept: Mapping[str, str]) -> list[onnx.NodeProto]:
+    """The graph's nodes and the Casts between those that are ``kept`` in float32 and the others."""
+    outputs = {value.name for value in graph.structure.graph.output}
+    types = {value.name: TensorProto.FLOAT for value in graph.structure.graph.input if value.name not in graph.weights}
     rewritten: list[onnx.NodeProto] = []
     casts: dict[tuple[str, int], str] = {}
-    for node in nodes:
+    for node in graph.structure.graph.node:
         wanted = TensorProto.FLOAT if node.name in kept else TensorProto.FLOAT16
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
@@ -49,9 +59,12 @@ def half_from_float(graph: Graph, peaks: Peaks) -> Rewritten:
                 copy.input[index] = _cast(name, wanted, casts, rewritten)
         types.update(dict.fromkeys(node.output, wanted))
         rewritten.append(copy)
-    if types[OUTPUT] == TensorProto.FLOAT16:
-        _cast_output(rewritten)
-    return Rewritten(checked(_with(graph, rewritten, weights)), kept)
+        for index, name in enumerate(node.output):
+            if name in outputs and wanted == TensorProto.FLOAT16:
+                casts[name, wanted] = copy.output[index] = f"{name}/half"
+                types[name] = TensorProto.FLOAT
+                rewritten.append(_cast_node(casts[name, wanted], name, name, TensorProto.FLOAT))
+    return rewritten
 
 
 def _readers_of(kept: Mapping[str, str], nodes: Sequence[onnx.NodeProto]) -> dict[str, str]:
@@ -111,14 +124,14 @@ def _rounding(source: str, target: str) -> list[onnx.NodeProto]:
     ]
 
 
-def _overflow(node: onnx.NodeProto, weights: Mapping[str, NDArray[Any]], peaks: Peaks) -> str | None:
+def _overflow(node: onnx.NodeProto, largest: Mapping[str, float], peaks: Peaks) -> str | None:
     """Why ``node`` cannot be computed in half, or None."""
     for name in node.input:
-        if name in weights and (largest := max(float(weights[name].max()), -float(weights[name].min()))) > HALF_MAX:
-            return f"weight {name} reaches {largest:.4g}"
+        if largest.get(name, 0.0) > HALF_MAX:
+            return f"weight {name} reaches {largest[name]:.4g}"
     for name in (*node.input, *node.output):
-        if peaks.get(name, 0.0) > HALF_MAX:
-            return f"activation {name} reaches {peaks[name]:.4g}"
+        if name in peaks and peaks[name].max() > HALF_MAX:
+            return f"activation {name} reaches {peaks[name].max():.4g}"
     return None
 
 
@@ -131,14 +144,12 @@ def _cast(name: str, to: int, casts: dict[tuple[str, int], str], nodes: list[onn
     """The name of ``name`` in the other type, adding the Cast where it is first needed."""
     if (name, to) not in casts:
         casts[name, to] = f"{name}/{'half' if to == TensorProto.FLOAT16 else 'float'}"
-        nodes.append(helper.make_node("Cast", [name], [casts[name, to]], name=f"{name}/Cast", to=to))
+        nodes.append(_cast_node(name, casts[name, to], name, to))
     return casts[name, to]
 
 
-def _cast_output(nodes: list[onnx.NodeProto]) -> None:
-    last = next(node for node in nodes if OUTPUT in node.output)
-    last.output[list(last.output).index(OUTPUT)] = f"{OUTPUT}/half"
-    nodes.append(helper.make_node("Cast", [f"{OUTPUT}/half"], [OUTPUT], name=f"{OUTPUT}/Cast", to=TensorProto.FLOAT))
+def _cast_node(source: str, target: str, name: str, to: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{name}/Cast", to=to)
 
 
 def _with(graph: Graph, nodes: Iterable[onnx.NodeProto], weights: Mapping[str, NDArray[Any]]) -> Graph:

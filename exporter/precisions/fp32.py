@@ -8,7 +8,7 @@ from exporter.precisions.precision import Precision, Rewritten
 FP32 = Precision(
     name="fp32",
     dtype="float32",
-    rewrite=lambda graph, peaks: Rewritten(graph, {}),
+    rewrite=lambda graph, peaks: Rewritten(graph, kept={}, exponents={}, headroom=()),
     twin=None,
     gate=GATES["fp32"],
 )

@@ -5,19 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from engines.parity import Gate
 from exporter.onnx_graph import Graph
+from exporter.report import HeadroomRow
 
-Peaks = Mapping[str, float]
-"""The largest absolute value seen in each tensor of a float32 graph, by the tensor's name."""
+Peaks = Mapping[str, NDArray[np.float64]]
+"""The largest absolute value (C,) seen in each channel of each tensor of a float32 graph, by the tensor's name."""
+
+Exponents = Mapping[str, NDArray[np.int64]]
+"""By a Conv's name, the powers of two (C,) that the channels of its result were multiplied by, where any was."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rewritten:
-    """A typed graph; ``kept`` maps each node left in float32 to the reason."""
+    """A typed graph; ``kept`` maps each node left in float32 to the reason.
+
+    ``exponents`` says which channels are powers of two of what they are in the float32 graph, and ``headroom`` how far
+    each convolution's results are from the precision's largest number; empty where that is float32's.
+    """
 
     graph: Graph
     kept: dict[str, str]
+    exponents: Exponents
+    headroom: tuple[HeadroomRow, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from exporter.report.junit import junit_from_error, junit_from_report
 from exporter.report.markdown import markdown_from_report
-from exporter.report.record import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report, plain_json
-from exporter.report.text import lines_from_ledger
+from exporter.report.record import (
+    AccuracyRow,
+    Check,
+    EngineRecord,
+    FileRecord,
+    Headroom,
+    HeadroomRow,
+    LayerRow,
+    LedgerRow,
+    Report,
+    plain_json,
+)
+from exporter.report.text import line_from_headroom, lines_from_ledger, rescaled_in_words
 
 __all__ = [
     "AccuracyRow",
     "Check",
     "EngineRecord",
     "FileRecord",
+    "Headroom",
+    "HeadroomRow",
     "LayerRow",
     "LedgerRow",
     "Report",
     "junit_from_error",
     "junit_from_report",
+    "line_from_headroom",
     "lines_from_ledger",
     "markdown_from_report",
     "plain_json",
+    "rescaled_in_words",
 ]

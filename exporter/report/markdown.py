@@ -13,12 +13,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from exporter.errors import listed
-from exporter.report.record import AccuracyRow, Check, LayerRow, LedgerRow, Report
+from exporter.report.record import AccuracyRow, Check, HeadroomRow, LayerRow, LedgerRow, Report
+from exporter.report.text import rescaled_in_words
 
 LARGEST_SIZE = 900 * 1024
 """Of the whole text, in bytes of UTF-8."""
 LARGEST_CELL = 1000
 """Of one cell's text, in characters."""
+HEADROOM_ROWS = 5
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 LEDGER_COLUMNS = (
     "stage", "max abs", "mean abs", "relative", "SQNR dB", "cosine", "top-1", "flips", "non-finite", "added", "batches",
@@ -42,6 +44,7 @@ def markdown_from_report(report: Report) -> str:
             section("Checks", ("stage", "result", "found"), map(_check, report.checks)),
             section("Ledger", LEDGER_COLUMNS, map(ledger_cells, report.ledger)),
             _layers(report.layers, report.first_departing_layer),
+            _headroom(report),
             section("Accuracy", ("precision", "images", "top-1", "drop", "agreement"), map(_accuracy, report.accuracy)),
             _witness(report.witness),
             section("Assumptions", ("what", "value"), report.assumptions.items()),
@@ -101,8 +104,8 @@ def ledger_cells(row: LedgerRow) -> tuple[object, ...]:
         f"{found.relative_error:.1e}",
         f"{found.sqnr_db:.1f}",
         f"{found.cosine:.9f}",
-        f"{found.rows - len(found.flips)} of {found.rows}",
-        flips_in_words(row),
+        f"{found.rows - len(found.flips)} of {found.rows}" if row.ranked else "-",
+        flips_in_words(row) if row.ranked else "-",
         found.non_finite,
         f"{row.added:.1e}",
         ", ".join(map(str, row.batches)),
@@ -140,6 +143,27 @@ def _layers(layers: Sequence[LayerRow], first_departing: str | None) -> str:
         return ""
     departs = f"The first that departs is **{escaped(first_departing)}**." if first_departing else "None departs."
     return f"{table}\n\nRelative errors of each layer's output. {departs}"
+
+
+def _headroom(report: Report) -> str:
+    """The convolutions with the least headroom; all of them stand in the JSON."""
+    rows = sorted(report.headroom, key=lambda row: row.before.factor)[:HEADROOM_ROWS]
+    table = section(
+        "Headroom in half",
+        ("convolution", "peak", "channel", "headroom", "bits", "rescaled", "headroom after", "bits after"),
+        map(_headroom_cells, rows),
+    )
+    if not table:
+        return ""
+    peaks = f"Peaks on {escaped(report.inputs)}"
+    return f"{table}\n\n{peaks}; the least of {len(report.headroom)} convolutions, all of which are in report.json."
+
+
+def _headroom_cells(row: HeadroomRow) -> tuple[object, ...]:
+    rescaled = rescaled_in_words(row).partition(": ")[2] if row.exponents else row.fixed or "not needed"
+    before, after = row.before, row.after
+    figures = (f"{before.peak:.4g}", before.channel, f"{before.factor:.3g}", f"{before.bits:.1f}")
+    return row.convolution, *figures, rescaled, f"{after.factor:.3g}", f"{after.bits:.1f}"
 
 
 def _accuracy(row: AccuracyRow) -> tuple[object, ...]:

@@ -31,13 +31,14 @@ class LedgerRow:
     """One stage of the ledger: its outputs against the float64 reference, on the same inputs as every other stage.
 
     ``added`` is max|this stage - the stage before| / max|reference|. ``batches`` are the sizes that the inputs were
-    computed in.
+    computed in. ``ranked`` says whether an output is a row of scores, so that its top-1 means something.
     """
 
     stage: str
     comparison: Comparison
     added: float
     batches: tuple[int, ...]
+    ranked: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,34 @@ class LayerRow:
 
     layer: str
     errors: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Headroom:
+    """The largest absolute value of a convolution's results, the channel it is in, and how far it is from overflow.
+
+    ``factor`` is the largest number in half over ``peak``, ``bits`` its logarithm to base 2.
+    """
+
+    peak: float
+    channel: int
+    factor: float
+    bits: float
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadroomRow:
+    """One convolution: its headroom in half as the network is, and with its channels rescaled.
+
+    ``exponents`` has for each channel the power of two that it was multiplied by; it is empty where none was.
+    ``fixed`` says why its channels cannot be rescaled, where they cannot.
+    """
+
+    convolution: str
+    before: Headroom
+    after: Headroom
+    exponents: tuple[int, ...]
+    fixed: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +121,8 @@ class Report:
     """Everything a run found. ``passed`` is the verdict: no check failed.
 
     ``first_departing_layer`` and ``layers`` are there where a run was asked for layers, ``witness`` where it had
-    images, ``accuracy`` where it had labels. ``gates`` has the largest relative error allowed in each precision.
+    images, ``accuracy`` where it had labels, ``headroom`` where half was asked for. ``gates`` has the largest relative
+    error allowed in each precision.
     """
 
     version: str
@@ -106,6 +136,7 @@ class Report:
     layers: tuple[LayerRow, ...]
     first_departing_layer: str | None
     accuracy: tuple[AccuracyRow, ...]
+    headroom: tuple[HeadroomRow, ...]
     witness: dict[str, Any] | None
     gates: dict[str, float]
     engines: tuple[EngineRecord, ...]

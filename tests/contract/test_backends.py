@@ -13,7 +13,18 @@ import engines.runner
 from engines.backends import BACKENDS
 from engines.backends.backend import TensorDescription
 from engines.errors import SdkMissing, UsageError
-from tests.engines.fake_machine import BATCH, CLASSES, ONNX, SIZE, answers, assert_answers, fake_machine, images
+from tests.engines.fake_machine import (
+    BATCH,
+    CLASSES,
+    FREE_ONNX,
+    ONNX,
+    SIZE,
+    SIZES,
+    answers,
+    assert_answers,
+    fake_machine,
+    images,
+)
 from tests.engines.sdk_bindings import FULL, RTX
 
 KINDS = [entry.kind for entry in BACKENDS]
@@ -28,14 +39,17 @@ def kind(request):
 
 @pytest.fixture
 def opened(kind, monkeypatch, tmp_path):
-    """``opened()`` loads the same network in the backend; at the end nothing of a GPU may be left."""
+    """``opened()`` loads the same network in the backend; at the end nothing of a GPU may be left.
+
+    ``opened(free=True)`` loads one for images of any of SIZES, with a feature map among its outputs.
+    """
     machine = None if kind == "onnx" else fake_machine(monkeypatch, tmp_path, VERSION[kind])
 
-    def open_file(**options):
+    def open_file(*, free=False, **options):
         if machine is not None:
-            return engines.runner.load(machine.engine(), **options)
+            return engines.runner.load(machine.engine(free=free), **options)
         path = tmp_path / "small.onnx"
-        path.write_bytes(ONNX)
+        path.write_bytes(FREE_ONNX if free else ONNX)
         return engines.runner.load(path, **options)
 
     yield open_file
@@ -53,6 +67,18 @@ def test_the_same_inputs_give_the_same_outputs(opened, rows):
     with opened() as runner:
         for _ in range(3):
             assert_answers(runner.run({"input": feeds}), feeds)
+
+
+@pytest.mark.parametrize("rows", [1, MOST, MOST + 3])
+def test_images_of_any_size_give_feature_maps_of_theirs(opened, rows):
+    with opened(free=True) as runner:
+        assert runner.inputs == (TensorDescription("input", "float32", (None, 3, None, None)),)
+        assert runner.outputs[1] == TensorDescription("features", "float32", (None, 4, None, None))
+        for size in (*SIZES, SIZES[0], (7, 9)):
+            feeds = images(rows, 0, size)
+            found = runner.run({"input": feeds})
+            assert_answers(found, feeds, FREE_ONNX)
+            assert found["features"].shape == (rows, 4, -(-size[0] // 2), -(-size[1] // 2))
 
 
 def test_rows_do_not_depend_on_their_neighbours(opened):
@@ -166,10 +192,11 @@ def test_a_backend_that_is_asked_for_and_missing_fails(opened, kind, monkeypatch
 
 def test_the_network_of_this_contract_can_tell_right_from_wrong():
     """Its rows differ, and so do its outputs for other inputs; a constant would pass everything above."""
-    first, second = answers(images(4, 1)), answers(images(4, 2))
-    for name, array in first.items():
-        assert np.isfinite(array).all()
-        assert not np.allclose(array, second[name])
+    for onnx_file in (ONNX, FREE_ONNX):
+        others = answers(images(4, 2), onnx_file)
+        for name, array in answers(images(4, 1), onnx_file).items():
+            assert np.isfinite(array).all()
+            assert not np.allclose(array, others[name])
     assert [value.name for value in onnx.load_from_string(ONNX).graph.output] == ["output", "features"]
     with pytest.raises(AssertionError):
-        assert_answers(second, images(4, 1))
+        assert_answers(answers(images(4, 2)), images(4, 1))

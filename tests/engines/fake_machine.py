@@ -23,28 +23,34 @@ from tests.engines.sdk_bindings import RTX, bindings_of
 BATCH = (2, 4, 6)
 CLASSES, SIZE = 5, 8
 INPUT = ("N", 3, SIZE, SIZE)
+FREE_INPUT, FREE_FEATURES = ("N", 3, "height", "width"), ("N", 4, "features_height", "features_width")
+SIZES = ((4, 6), (8, 8), (12, 16))
 
 
-def small_onnx() -> bytes:
-    """Conv, Relu, mean, Gemm and a second output; random weights, so that no row or channel equals another."""
+def small_onnx(*, free: bool = False) -> bytes:
+    """Conv, Relu, mean, Gemm and a second output; random weights, so that no row or channel equals another.
+
+    With ``free``, images are of any size, and the second output is a feature map of half that size.
+    """
     generator = np.random.default_rng(3)
     weights = {
         "w": generator.normal(size=(4, 3, 3, 3)),
         "b": generator.normal(size=4),
         "m": generator.normal(size=(4, CLASSES)),
     }
+    relu, mean = ("features", "mean") if free else ("r", "features")
     graph = helper.make_graph(
         [
-            helper.make_node("Conv", ["input", "w", "b"], ["c"], pads=[1, 1, 1, 1]),
-            helper.make_node("Relu", ["c"], ["r"]),
-            helper.make_node("ReduceMean", ["r"], ["features"], axes=[2, 3], keepdims=0),
-            helper.make_node("MatMul", ["features", "m"], ["output"]),
+            helper.make_node("Conv", ["input", "w", "b"], ["c"], pads=[1, 1, 1, 1], strides=[2, 2] if free else [1, 1]),
+            helper.make_node("Relu", ["c"], [relu]),
+            helper.make_node("ReduceMean", [relu], [mean], axes=[2, 3], keepdims=0),
+            helper.make_node("MatMul", [mean, "m"], ["output"]),
         ],
         "small",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, INPUT)],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, FREE_INPUT if free else INPUT)],
         [
             helper.make_tensor_value_info("output", TensorProto.FLOAT, ("N", CLASSES)),
-            helper.make_tensor_value_info("features", TensorProto.FLOAT, ("N", 4)),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, FREE_FEATURES if free else ("N", 4)),
         ],
         [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
     )
@@ -53,22 +59,22 @@ def small_onnx() -> bytes:
     return model.SerializeToString()
 
 
-ONNX = small_onnx()
+ONNX, FREE_ONNX = small_onnx(), small_onnx(free=True)
 
 
-def images(rows: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=(rows, *INPUT[1:])).astype(np.float32)
+def images(rows: int, seed: int = 0, size: tuple[int, int] = (SIZE, SIZE)) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, 3, *size)).astype(np.float32)
 
 
-def answers(feeds: np.ndarray) -> dict[str, np.ndarray]:
+def answers(feeds: np.ndarray, onnx: bytes = ONNX) -> dict[str, np.ndarray]:
     """ONNX Runtime's own."""
-    session = session_of(ONNX)
+    session = session_of(onnx)
     names = [value.name for value in session.get_outputs()]
     return dict(zip(names, session.run(names, {"input": feeds}), strict=True))
 
 
-def assert_answers(found: dict[str, np.ndarray], feeds: np.ndarray) -> None:
-    expected = answers(feeds)
+def assert_answers(found: dict[str, np.ndarray], feeds: np.ndarray, onnx: bytes = ONNX) -> None:
+    expected = answers(feeds, onnx)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == np.float32
@@ -95,31 +101,34 @@ class FakeMachine:
         name: str = "small.fp16.engine",
         *,
         batch: tuple[int, int, int] = BATCH,
+        free: bool = False,
         version: str | None = None,
         cards: tuple[int, ...] = (80, 86, 89, 120, 121),
         **changes: object,
     ) -> pathlib.Path:
-        """An engine with its sidecar."""
+        """An engine with its sidecar; ``free`` for images of SIZES."""
         path = self.folder / name
-        content = engine_bytes(ONNX, self.sdk, version or self.version, batch)
+        onnx = FREE_ONNX if free else ONNX
+        sizes = SIZES if free else ((SIZE, SIZE),) * 3
+        profile = [(rows, 3, *size) for rows, size in zip(batch, sizes, strict=True)]
+        content = engine_bytes(onnx, self.sdk, version or self.version, profile)
         path.write_bytes(content)
-        shape = list(INPUT[1:])
         manifest = Manifest(
             name=path.name,
             precision="fp16",
             sha256={
                 "checkpoint": "0" * 64,
-                "onnx": hashlib.sha256(ONNX).hexdigest(),
+                "onnx": hashlib.sha256(onnx).hexdigest(),
                 "engine": hashlib.sha256(content).hexdigest(),
             },
             sdk={"name": self.sdk, "version": version or self.version},
             compute_capabilities=cards,
-            inputs=({"name": "input", "dtype": "float32", "shape": ["N", *shape]},),
+            inputs=({"name": "input", "dtype": "float32", "shape": list(FREE_INPUT if free else INPUT)},),
             outputs=(
                 {"name": "output", "dtype": "float32", "shape": ["N", CLASSES]},
-                {"name": "features", "dtype": "float32", "shape": ["N", 4]},
+                {"name": "features", "dtype": "float32", "shape": list(FREE_FEATURES) if free else ["N", 4]},
             ),
-            profile={"input": tuple((rows, *shape) for rows in batch)},
+            profile={"input": tuple(profile)},
             preprocessing={"mean": [0.5] * 3, "std": [0.5] * 3, "size": [SIZE, SIZE], "channels": 3},
             assumptions={},
             tolerance=5e-3,

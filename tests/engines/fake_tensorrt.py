@@ -28,9 +28,12 @@ TAGS = {"tensorrt": b"ftrt", "tensorrt_rtx": b"vtrt"}
 CACHE_TAG = b"kernels:"
 
 
-def engine_bytes(onnx: bytes, sdk: str, version: str, batch: tuple[int, int, int], mask: int = 0x7E) -> bytes:
-    """An engine file whose header a reader of real ones takes."""
-    payload = json.dumps({"batch": batch, "onnx": len(onnx)}).encode() + b"\n" + onnx
+Shapes = list[tuple[int, ...]]
+
+
+def engine_bytes(onnx: bytes, sdk: str, version: str, profile: Shapes, mask: int = 0x7E) -> bytes:
+    """An engine file whose header a reader of real ones takes; ``profile`` has three shapes of its input."""
+    payload = json.dumps({"profile": profile, "onnx": len(onnx)}).encode() + b"\n" + onnx
     numbers = [int(part) for part in version.split(".")]
     tag = TAGS[sdk]
     header = struct.pack(
@@ -125,7 +128,7 @@ class RuntimeState:
         payload = bytes(engine)[HEADER:]
         description, _, onnx = payload.partition(b"\n")
         described = json.loads(description)
-        return self.module._made("ICudaEngine", EngineState(self, tuple(described["batch"]), onnx))
+        return self.module._made("ICudaEngine", EngineState(self, described["profile"], onnx))
 
 
 class EngineState:
@@ -133,9 +136,10 @@ class EngineState:
 
     overrides: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, runtime: RuntimeState, batch: tuple[int, int, int], onnx: bytes) -> None:
-        self.runtime, self.module, self.profile_batch = runtime, runtime.module, batch
+    def __init__(self, runtime: RuntimeState, profile: Shapes, onnx: bytes) -> None:
+        self.runtime, self.module, self.profile = runtime, runtime.module, profile
         self.session = session_of(onnx)
+        self.known: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
         self.names = [*self.inputs, *self.outputs]
@@ -166,7 +170,15 @@ class EngineState:
     def get_tensor_profile_shape(self, name: str, index: int) -> Any:
         assert name in self.inputs, "the real one has profiles of inputs alone"
         assert index == 0
-        return [real.Dims([batch, *self.value(name).shape[1:]]) for batch in self.profile_batch]
+        return [real.Dims(shape) for shape in self.profile]
+
+    def output_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Those of the outputs, by name, for an input of ``shape``."""
+        if shape not in self.known:
+            (image,) = self.inputs
+            arrays = self.session.run(list(self.outputs), {image: np.zeros(shape, np.float32)})
+            self.known[shape] = {name: array.shape for name, array in zip(self.outputs, arrays, strict=True)}
+        return self.known[shape]
 
     def create_runtime_config(self) -> Any:
         return self.module._made("IRuntimeConfig", ConfigState(self))
@@ -231,10 +243,11 @@ class ContextState:
 
     def set_input_shape(self, name: str, shape: Any) -> bool:
         self._change("set_input_shape")
-        least, _, most = self.engine.profile_batch
+        least, _, most = self.engine.profile
         shape = tuple(shape)
-        fits = name in self.engine.inputs and least <= shape[0] <= most
-        if not fits or list(shape[1:]) != self.engine.value(name).shape[1:]:
+        if name not in self.engine.inputs or len(shape) != len(least):
+            return False
+        if not all(low <= extent <= high for low, extent, high in zip(least, shape, most, strict=True)):
             return False
         self.shapes[name] = shape
         return True
@@ -242,8 +255,8 @@ class ContextState:
     def get_tensor_shape(self, name: str) -> Any:
         if name in self.shapes:
             return real.Dims(self.shapes[name])
-        batch = next(iter(self.shapes.values()))[0]
-        extents = [extent if isinstance(extent, int) else batch for extent in self.engine.value(name).shape]
+        (shape,) = self.shapes.values()
+        extents = self.engine.output_shapes(shape)[name]
         return real.Dims([self.engine.overrides.get("output batch", extents[0]), *extents[1:]])
 
     def set_tensor_address(self, name: str, address: int) -> bool:

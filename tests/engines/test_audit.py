@@ -273,14 +273,14 @@ def test_an_engine_of_another_checkpoint_has_no_weight_in_common(compiled, netwo
 
 
 @pytest.mark.parametrize(("asked", "built"), [("fp16", "fp32"), ("fp32", "fp16")])
-def test_an_engine_in_another_precision_than_the_graph_is_named_convolution_by_convolution(compiled, asked, built):
+def test_an_engine_in_another_precision_than_the_graph_is_named_node_by_node(compiled, asked, built):
     names = {"fp16": "float16", "fp32": "float32"}
     network = compiled(PLAIN, asked)
     audit = audit_of_file(compiled(PLAIN, built).engine, network.convolutions, network.matrices)
     said = [problem for problem in audit.problems if "asked for" in problem]
     assert said == [
-        f"{convolution.node}: asked for {names[asked]}, compiled with {names[built]} x {names[built]}"
-        for convolution in network.convolutions
+        f"{expected.node}: asked for {names[asked]}, compiled with {names[built]} x {names[built]}"
+        for expected in (*network.convolutions, *network.matrices)
     ]
     assert audit.line.startswith(f"7 of 7 convs in {built.upper()}, ")
     assert audit.weights_bit_equal == 0

@@ -625,9 +625,12 @@ class FullTensorRT:
             return True
 
 
-def configured(cards=(), **options):
+SIZES = ((16, 24), (32, 32), (64, 48))
+
+
+def configured(cards=(), sizes=None, **options):
     """The flags of the network and the configuration that full TensorRT is given, and the timing cache after it."""
-    request = Request("a.onnx", "a.engine", (1, 8, 32), cards, Options(**options))
+    request = Request("a.onnx", "a.engine", (1, 8, 32), cards, Options(**options), sizes)
     compiled = engine_from_onnx(FullTensorRT, request, lambda message: None)
     return *compiled.engine, compiled.timing_cache
 
@@ -640,6 +643,43 @@ def test_full_tensorrt_builds_for_the_card_that_it_runs_on_even_if_that_card_is_
     assert (config.limits, config.timing_cache, cache) == ({}, None, b"")
     assert not hasattr(config, "builder_optimization_level")
     assert not hasattr(config, "hardware_compatibility_level")
+
+
+def test_where_height_and_width_are_free_the_profile_covers_batch_and_size(monkeypatch):
+    monkeypatch.setattr(FullTensorRT.Tensor, "shape", (-1, 3, -1, -1))
+    _, config, _ = configured(sizes=SIZES)
+    assert config.profiles[0].shapes == {"input": ((1, 3, 16, 24), (8, 3, 32, 32), (32, 3, 64, 48))}
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "said"),
+    [
+        (
+            (-1, 3, -1, -1),
+            None,
+            "input input is of any height and width; give the engine's sizes as --size MIN:OPT:MAX",
+        ),
+        (
+            (-1, 3, 32, 32),
+            SIZES,
+            "the size of input input is fixed in the graph, and sizes were given; leave out --size",
+        ),
+        (
+            (-1, 3, -1, 32),
+            SIZES,
+            "input input has free extents other than batch, height and width: (None, 3, None, 32)",
+        ),
+        ((-1, -1, 32, 32), SIZES, "input input has free extents other than batch, height and width: (None, None, 32"),
+        ((-1, -1, 3), None, "input input has free extents other than batch, height and width: (None, None, 3)"),
+        ((-1, -1, -1, -1), SIZES, "input input has free extents other than batch, height and width: (None, None, No"),
+    ],
+)
+def test_a_size_that_is_missing_or_too_much_is_refused_before_anything_is_compiled(monkeypatch, shape, sizes, said):
+    monkeypatch.setattr(FullTensorRT.Tensor, "shape", shape)
+    monkeypatch.setattr(FullTensorRT.Builder, "build_serialized_network", None)
+    with pytest.raises(compiler.Refusal) as raised:
+        configured(sizes=sizes)
+    assert str(raised.value).startswith(said)
 
 
 @pytest.mark.parametrize("options", [{}, {"version_compatible": True}])
@@ -719,8 +759,9 @@ def test_a_timing_cache_that_cannot_be_written_is_named(with_cache, tmp_path):
 
 def test_a_request_survives_its_json():
     for options in (Options(), Options(4096, "t.cache", version_compatible=True, optimization_level=5)):
-        request = Request("a b.onnx", "ä.engine", (1, 8, 32), (86, 89), options)
-        assert Request.from_json(json.dumps(dataclasses.asdict(request))) == request
+        for sizes in (None, SIZES):
+            request = Request("a b.onnx", "ä.engine", (1, 8, 32), (86, 89), options, sizes)
+            assert Request.from_json(json.dumps(dataclasses.asdict(request))) == request
 
 
 # --- options

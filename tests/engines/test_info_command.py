@@ -74,7 +74,8 @@ def test_of_an_engine(info, fashion):
         "assumptions": found["assumptions"],
         "tolerance": "relative error 5.0e-03 against golden.npz",
         "made from": found["made from"],
-        "kernels": "14: 11 convolutions float16 x float16 -> float16, 3 other kernels",
+        "kernels": "14: 11 convolutions float16 x float16 -> float16, "
+        "1 matrix products float16 x float16 -> float32, 2 other kernels",
         "audit": f"against fashion.fp16.onnx: {AUDITED}",
     }
     assert set(found["assumptions"].split(" | ")) >= {"strides 2,2,2,2,2", "eps 1e-05", "size 28x28", "mean 0.5"}
@@ -139,7 +140,11 @@ def test_of_a_report(info, fashion):
             "fashion.fp16.engine",
             "TensorRT engine",
             "kernels",
-            {"convolutions float16 x float16 -> float16": 11, "other kernels": 3},
+            {
+                "convolutions float16 x float16 -> float16": 11,
+                "matrix products float16 x float16 -> float32": 1,
+                "other kernels": 2,
+            },
         ),
         (
             "fashion.fp16.onnx",

@@ -159,6 +159,43 @@ def test_a_size_that_is_not_the_inputs_is_named():
     assert refusal(json.dumps(fields)).startswith("preprocessing: expected images of the input's form ['N', 3, 32, 48]")
 
 
+FREE = {
+    "inputs": [{"name": "input", "dtype": "float32", "shape": ["N", 3, "height", "width"]}],
+    "outputs": [{"name": "stage1", "dtype": "float32", "shape": ["N", 64, "stage1_height", "stage1_width"]}],
+    "profile": {"input": [[1, 3, 16, 24], [8, 3, 32, 48], [32, 3, 64, 64]]},
+    "assumptions": SIDECAR["assumptions"] | {"size": "16x24:32x48:64x64", "features": "1"},
+}
+
+
+def test_a_sidecar_of_images_of_free_size_says_the_three_sizes():
+    manifest = manifest_from_json(json.dumps(SIDECAR | FREE), "net.json")
+    assert json.loads(manifest.to_json()) == SIDECAR | FREE
+    assert manifest.profile["input"][2] == (32, 3, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("assumptions", "size"), "16x24:32x48:64x65", "profile.input: expected shapes of 16x24:32x48:64x65, as in a"),
+        (("assumptions", "size"), "32x48", "profile.input: expected shapes of 32x48, as in assumptions.size"),
+        (("assumptions", "size"), "16x24:40x48:64x64", "preprocessing.size: expected 40x48, as in assumptions.size"),
+        (("assumptions", "size"), ":", "preprocessing.size: expected , as in assumptions.size"),
+        (("preprocessing", "size"), [16, 24], "preprocessing.size: expected 32x48, as in assumptions.size"),
+        (("profile", "input", 0, 2), 33, "profile.input: expected three shapes, minimum <= optimum <= maximum"),
+        (("profile", "input", 0, 1), 1, "profile.input: expected shapes of the input's form ['N', 3, 'height', 'wi"),
+        (("profile", "input", 1, 2), 33, "preprocessing: expected images of the input's form ['N', 3, 'height', 'w"),
+        (("inputs", 0, "shape", 3), 48, "profile.input: expected shapes of the input's form ['N', 3, 'height', 48]"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_named(path, value, said):
+    fields = copy.deepcopy(SIDECAR | FREE)
+    inner = fields
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    assert refusal(json.dumps(fields)).startswith(said)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

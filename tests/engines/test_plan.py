@@ -130,6 +130,29 @@ def test_a_plain_network_is_its_convolutions_and_three_kernels_more(compiled, pr
     assert (len(plan.convolutions), plan.kernels) == (7, 10)  # input layout, mean, classifier
 
 
+@pytest.mark.parametrize("precision", DTYPES)
+def test_the_classifier_is_a_product_of_matrices_with_the_weight_second(compiled, precision):
+    network = compiled(PLAIN, precision)
+    plan = plan_from_file(network.engine)
+    (kernel,), (expected,) = plan.matrices, network.matrices
+    assert expected.node in kernel.onnx_nodes
+    assert (kernel.input_dtype, kernel.weight_dtype) == (DTYPES[precision],) * 2
+    assert (kernel.relu, kernel.weight_first) == (False, False)
+    np.testing.assert_array_equal(plan.array(kernel.weight).T, expected.weight)
+    vectors = [plan.array(constant).reshape(-1) for constant in kernel.constants]
+    assert sum(np.array_equal(vector, expected.bias) for vector in vectors) == 1
+
+
+def test_generated_code_knows_whose_results_it_reads(compiled):
+    network = compiled(PLAIN)
+    plan = plan_from_file(network.engine)
+    (pooling,) = (function for function in plan.functions if "head/Pool" in function.onnx_nodes)
+    last = network.convolutions[-1]
+    assert pooling.behind == {last.node, last.relu_node}
+    (entrance,) = (function for function in plan.functions if "input/Cast" in function.onnx_nodes)
+    assert entrance.behind == frozenset()
+
+
 @pytest.mark.parametrize("groups", GROUPED)
 def test_grouped_convolutions_are_read_out_of_their_run_time_fusions(compiled, groups):
     network = compiled(GROUPED[groups])

@@ -212,6 +212,12 @@ def test_metadata_that_fit_the_input_are_read(shape):
     assert preprocessing_from_metadata(metadata, TensorDescription("x", "float32", shape), "net.onnx") == RGB
 
 
+def test_images_of_free_size_are_prepared_in_the_optimal_one():
+    metadata = {"assumptions": json.dumps({**ASSUMPTIONS, "size": "8x16:16x24:32x32"})}
+    description = TensorDescription("x", "float32", (None, 3, None, None))
+    assert preprocessing_from_metadata(metadata, description, "net.onnx") == RGB
+
+
 @pytest.mark.parametrize(
     ("change", "shape", "said"),
     [
@@ -221,8 +227,11 @@ def test_metadata_that_fit_the_input_are_read(shape):
         ({"mean": "0.5,0.5,nan"}, (None, 3, 16, 24), "mean and std are not 3 numbers each"),
         ({"mean": "0.5,0.5,x"}, (None, 3, 16, 24), "metadata assumptions: could not convert string to float"),
         ({"std": "0.2,0,0.2"}, (None, 3, 16, 24), "std and size must be above 0"),
-        ({"size": "16"}, (None, 3, 16, 24), "metadata assumptions: invalid literal for int()"),
+        ({"size": "16"}, (None, 3, 16, 24), "metadata assumptions: '16' is no size"),
         ({"size": 16}, (None, 3, 16, 24), "metadata assumptions: size: expected a text, found 16"),
+        ({"size": "8x8:16x24"}, (None, 3, None, None), "metadata assumptions: not enough values to unpack"),
+        ({"size": "8x8:7x24:16x24"}, (None, 3, None, None), "metadata assumptions: '8x8:7x24:16x24' is not a minimum"),
+        ({"size": "8x8:16x24:32x32"}, (None, 3, 16, 24), "its input is (None, 3, 16, 24), its metadata say (16, 24)"),
         ({"size": "24x16"}, (None, 3, 16, 24), "its input is (None, 3, 16, 24), its metadata say (24, 16)"),
         ({"size": "0x0"}, (None, 3, None, None), "std and size must be above 0"),
         ({}, (None, 4, 16, 24), "takes 4 channels; only grey and RGB images can be read"),

@@ -111,6 +111,59 @@ def test_an_output_without_the_batch_is_given_as_it_is_but_never_put_together():
         runner.run({"image": images(5)})
 
 
+# --- feature maps, of images of any size
+
+MAP = TensorDescription("image", "float32", (None, 3, None, None))
+PARTS = (TensorDescription("half", "float32", (None, 3, None, None)), TensorDescription("sum", "float32", (None, 3)))
+
+
+class Maps(Recorder):
+    """Every second row and column of each image, and the sum of each channel; sizes as its ``profile`` says."""
+
+    def __init__(self, minimum=1, maximum=None, **others):
+        super().__init__(minimum, maximum, inputs=(MAP,))
+        self.outputs = PARTS
+        self.__dict__.update(others)
+
+    def run(self, feeds):
+        self.batches.append(feeds["image"].shape)
+        return {"half": feeds["image"][:, :, ::2, ::2], "sum": feeds["image"].sum(axis=(2, 3))}
+
+
+def maps(rows, height, width):
+    return np.random.default_rng(rows).normal(size=(rows, 3, height, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 11])
+@pytest.mark.parametrize("size", [(4, 6), (5, 3)])
+def test_feature_maps_of_any_size_are_split_and_padded_with_their_rows(rows, size):
+    backend = Maps(2, 4)
+    images = maps(rows, *size)
+    outputs = opened(backend).run({"image": images})
+    np.testing.assert_array_equal(outputs["half"], images[:, :, ::2, ::2])
+    np.testing.assert_allclose(outputs["sum"], images.sum(axis=(2, 3)), rtol=1e-5, atol=1e-5)
+    assert all(shape[2:] == size and 2 <= shape[0] <= 4 for shape in backend.batches)
+
+
+PROFILE = {"image": ((2, 3, 4, 6), (4, 3, 8, 9))}
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 9), (5, 7)])
+def test_sizes_inside_the_profile_are_taken(size):
+    outputs = opened(Maps(2, 4, profile=PROFILE)).run({"image": maps(3, *size)})
+    assert outputs["half"].shape == (3, 3, -(-size[0] // 2), -(-size[1] // 2))
+
+
+@pytest.mark.parametrize("size", [(3, 6), (4, 5), (9, 9), (8, 10)])
+def test_sizes_outside_of_the_profile_are_refused_with_the_range(size):
+    backend = Maps(2, 4, profile=PROFILE)
+    with pytest.raises(UsageError) as raised:
+        opened(backend).run({"image": maps(9, *size)})
+    shown = "x".join(map(str, (3, *size)))
+    assert str(raised.value) == f"image: {shown} is outside of the engine's profile, 3x4x6 to 3x8x9"
+    assert backend.batches == []
+
+
 EXPECTED = "expected image float32 (N, 2, 3)"
 
 

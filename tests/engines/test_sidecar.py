@@ -23,6 +23,10 @@ ASSUMPTIONS = {"mean": "0.485,0.456,0.40625001", "std": "0.229,1e-3,3", "size": 
 AUDIT = {"audited": True, "line": "7 of 7 convs in FP16", "problems": []}
 
 
+FREE = (None, 3, None, None)
+RANGE = json.dumps(ASSUMPTIONS | {"size": "20x24:28x32:56x64"})
+
+
 def typed_file(shape=(None, 3, 28, 32), outputs=((None, 10),), **metadata):
     told = {
         "precision": "fp16",
@@ -83,6 +87,36 @@ def test_it_is_read_back_as_it_was_written():
     assert manifest_from_json(written.to_json(), "net.json").to_json() == written.to_json()
 
 
+def test_where_height_and_width_are_free_the_profile_covers_batch_and_size():
+    onnx = typed_file(FREE, outputs=((None, 64, None, None), (None, 10)), assumptions=RANGE)
+    onnx = dataclasses.replace(onnx, outputs=tuple(map(renamed, onnx.outputs, ("stage1", "output"))))
+    found = manifest(onnx)
+    assert found.inputs == ({"name": "input", "dtype": "float32", "shape": ["N", 3, "height", "width"]},)
+    assert [tensor["shape"] for tensor in found.outputs] == [["N", 64, "stage1_height", "stage1_width"], ["N", 10]]
+    assert found.profile == {"input": ((1, 3, 20, 24), (8, 3, 28, 32), (32, 3, 56, 64))}
+    assert found.preprocessing["size"] == (28, 32)
+    assert found.assumptions == json.loads(RANGE)
+    numbers = {"mean": "0.485,0.456,0.406", "std": "0.229,0.224,0.225", "size": "20x24:28x32:56x64"}
+    written = manifest(typed_file(FREE, assumptions=json.dumps(ASSUMPTIONS | numbers)))
+    assert manifest_from_json(written.to_json(), "net.json").to_json() == written.to_json()
+
+
+def renamed(value, name):
+    return dataclasses.replace(value, name=name)
+
+
+def test_sizes_of_the_build_take_the_place_of_the_files():
+    found = manifest(typed_file(FREE, assumptions=RANGE), sizes=((28, 28), (32, 30), (40, 50)))
+    assert found.profile == {"input": ((1, 3, 28, 28), (8, 3, 32, 30), (32, 3, 40, 50))}
+    assert found.preprocessing["size"] == (32, 30)
+    assert found.assumptions["size"] == "28x28:32x30:40x50"
+
+
+def test_sizes_for_a_file_of_a_fixed_one_are_rejected():
+    with pytest.raises(InputRejected, match=r"^net\.fp16\.onnx: the size of input input is fixed in the graph"):
+        manifest(typed_file(), sizes=((28, 28), (32, 30), (40, 50)))
+
+
 @pytest.mark.parametrize("precision", GATES)
 def test_the_tolerance_is_the_gate_of_the_precision(precision):
     assert manifest(typed_file(precision=precision)).tolerance == GATES[precision].max_relative_error
@@ -121,6 +155,29 @@ REJECTED = {
     "fewer stds": ({"assumptions": json.dumps(ASSUMPTIONS | {"std": "1,1"})}, "is not images as its assumptions"),
     "a fixed batch": ({"shape": (1, 3, 28, 32)}, "is not images as its assumptions have them"),
     "a free width": ({"shape": (None, 3, 28, None)}, "is not images as its assumptions have them"),
+    "a range for a fixed size": ({"assumptions": RANGE}, "is not images as its assumptions have them"),
+    "a free height of a range": (
+        {"shape": (None, 3, None, 32), "assumptions": RANGE},
+        "is not images as its assumptions have them",
+    ),
+    "free channels of a range": (
+        {"shape": FREE, "assumptions": RANGE, "outputs": ((None, None, None, None),)},
+        "its outputs have no fixed shape",
+    ),
+    "free classes of a range": (
+        {"shape": FREE, "assumptions": RANGE, "outputs": ((None, None),)},
+        "its outputs have no fixed shape",
+    ),
+    "a free map of a fixed size": ({"outputs": ((None, 8, None, None),)}, "its outputs have no fixed shape"),
+    "two sizes": ({"assumptions": json.dumps(ASSUMPTIONS | {"size": "1x1:2x2"})}, "its assumptions are not JSON"),
+    "sizes in another order": (
+        {"shape": FREE, "assumptions": json.dumps(ASSUMPTIONS | {"size": "9x9:8x8:10x10"})},
+        "its assumptions are not JSON",
+    ),
+    "a size of nothing": (
+        {"shape": FREE, "assumptions": json.dumps(ASSUMPTIONS | {"size": "0x9:9x9:10x10"})},
+        "its assumptions are not JSON",
+    ),
     "free classes": ({"outputs": ((None, None),)}, "its outputs have no fixed shape"),
     "no output": ({"outputs": ()}, "its outputs have no fixed shape"),
 }

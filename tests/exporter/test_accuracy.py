@@ -38,12 +38,12 @@ def labelled(tmp_path):
 
 
 def right(batch):
-    return one_hot(np.rint(batch[:, 0, 0, 0] * 255).astype(int))
+    return {"output": one_hot(np.rint(batch[:, 0, 0, 0] * 255).astype(int))}
 
 
 def wrong_for_class_3(batch):
     classes = np.rint(batch[:, 0, 0, 0] * 255).astype(int)
-    return one_hot(np.where(classes == 3, 0, classes))
+    return {"output": one_hot(np.where(classes == 3, 0, classes))}
 
 
 def test_every_precision_is_counted_on_every_image_once(labelled):
@@ -145,7 +145,7 @@ def test_labels_of_another_order_fail_the_verdict(command, tmp_path, monkeypatch
             self.session = session
 
         def run(self, batch):
-            return self.session.run(batch)[:, ::-1]
+            return {name: scores[:, ::-1] for name, scores in self.session.run(batch).items()}
 
     right_session = pipeline.session_of_typed
     monkeypatch.setattr(pipeline, "session_of_typed", lambda typed: Turned(right_session(typed)))

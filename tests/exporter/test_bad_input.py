@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import shlex
 import subprocess
 import sys
 import warnings
@@ -153,11 +154,12 @@ def test_a_pickle_of_a_newer_protocol_is_refused_in_one_line(protocol, refused, 
 
 
 @pytest.mark.parametrize(
-    "content", [NaiveRepVGG(Shape()), {"state_dict": {}, "args": argparse.Namespace(lr=0.1)}], ids=["module", "args"]
+    "content", [NaiveRepVGG(Shape()), {"state_dict": {}, "args": argparse.Action([], "lr")}], ids=["module", "args"]
 )
 def test_a_pickled_object_is_refused_by_its_class(content, refused, saved):
     saved(content)
-    has(refused(3, "model.pt"), "model.pt", "holds code", "N", "weights_only=False")
+    name = "argparse.Action" if isinstance(content, dict) else "NaiveRepVGG"
+    has(refused(3, "model.pt"), "model.pt", "holds code", name, "weights_only=False")
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])
@@ -617,5 +619,5 @@ def test_the_advice_for_a_file_with_code_in_it_works(wrapped, command, small, tm
     assert outcome.code == 3
     advice = outcome.error.partition("save its weights alone: ")[2]
     monkeypatch.chdir(tmp_path)
-    exec(advice, {"torch": torch})
-    assert command("weights.pt", *SIZE).code == 0
+    exec(shlex.split(advice)[2], {})
+    assert command("model.weights.pt", *SIZE).code == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pathlib
+import warnings
 import zipfile
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_the_weights_of_a_legacy_file_are_not_mapped(state, tmp_path):
         (lambda s: {"model": {"state_dict": s, "lr": 0.1}, "epoch": 3}, "model.state_dict", ("epoch", "lr")),
         (lambda s: {"net": {"params": s}}, "net.params", ()),
         (lambda s: {"model": {}, "net": s}, "net", ("model",)),
-        (lambda s: {"state_dict": s, "model": {"linear.bias": torch.zeros(1)}}, "state_dict", ("model",)),
+        (lambda s: {"state_dict": s, "model": {"linear.bias": torch.zeros(2)}}, "state_dict", ("model",)),
         (lambda s: {**s, "epoch": 3, "args": {"lr": 0.1}}, "", ()),
     ],
 )
@@ -131,9 +132,9 @@ def test_the_weights_are_found_in_their_container(wrap, container, others, state
 @pytest.mark.parametrize(
     "wrap",
     [
-        lambda s: {"weights": s},
+        lambda s: {"teacher": s},
         lambda s: {"model": {"net": {"params": s}}},
-        lambda s: {"model": {"weights": s}},
+        lambda s: {"model": {"teacher": s}},
         lambda s: [s],
     ],
     ids=["unknown name", "too deep", "unknown name inside", "list"],
@@ -158,15 +159,29 @@ def test_prefixes_of_wrappers_are_removed(prefix, state, saved):
     assert_same(checkpoint_from_path(path).tensors, state)
 
 
-@pytest.mark.parametrize("prefix", ["model.", "backbone.", "Module.", "module"])
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "Module.", "module", "modules.", "module_list.0."])
 def test_other_prefixes_are_left_alone(prefix, state, saved):
     prefixed = {prefix + name: tensor for name, tensor in state.items()}
     assert_same(checkpoint_from_path(saved(prefixed)).tensors, prefixed)
 
 
-def test_two_tensors_of_one_name_are_refused(state, saved):
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "module._orig_mod"])
+def test_prefixes_of_wrappers_are_removed_inside_a_name_too(wrapper, state, saved):
+    inside = {f"backbone.{wrapper}.{name}": tensor for name, tensor in state.items()}
+    assert_same(
+        checkpoint_from_path(saved(inside)).tensors, {f"backbone.{name}": tensor for name, tensor in state.items()}
+    )
+
+
+def test_a_tensor_that_is_itself_called_module_keeps_its_name(saved):
+    state = {"stage0.module": torch.ones(3), "module.stage1.module": torch.ones(4)}
+    assert checkpoint_from_path(saved(state)).tensors.keys() == {"stage0.module", "stage1.module"}
+
+
+@pytest.mark.parametrize("second", ["_orig_mod.module.linear.bias", "linear.module.bias"])
+def test_two_tensors_of_one_name_are_refused(second, state, saved):
     with pytest.raises(CheckpointRejected, match=r"two tensors are called linear\.bias"):
-        checkpoint_from_path(saved({**state, "_orig_mod.module.linear.bias": torch.zeros(7)}))
+        checkpoint_from_path(saved({**state, second: torch.zeros(7)}))
 
 
 # Values
@@ -224,6 +239,16 @@ def test_parameters_are_weights_like_any_other(small, golden, saved):
     saved(kept)
     images, outputs = golden("model.pt")
     assert relative(outputs, small.answer(torch.from_numpy(images)).numpy()) < 1e-12
+
+
+@pytest.mark.parametrize(("elements", "accepted"), [(1 << 24, True), ((1 << 24) + 1, False), (10**15, False)])
+def test_a_number_that_pretends_to_be_millions_is_refused(elements, accepted, saved):
+    path = saved({"stage0.weight": torch.ones(1).expand(elements)})
+    if accepted:
+        assert checkpoint_from_path(path).tensors["stage0.weight"].shape == (elements,)
+        return
+    with pytest.raises(CheckpointRejected, match=r"stage0\.weight: more numbers than the file holds.*contiguous"):
+        checkpoint_from_path(path)
 
 
 def test_views_of_one_storage_are_read(small, golden, state, saved):
@@ -286,6 +311,122 @@ def test_formats_without_checksums_pass(state, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     check_archive(tmp_path / "legacy.pt")
     check_archive(tmp_path / "model.safetensors")
+
+
+def rewritten(path, compression, twice=()):
+    """The same records under the same names, compressed or not, and ``twice`` those that end so."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as archive:
+        warnings.simplefilter("ignore")  # that a name occurs twice
+        for name, content in records:
+            for _ in range(2 if name.endswith(twice) else 1):
+                archive.writestr(name, content)
+
+
+def test_an_archive_that_was_written_again_is_read(state, checkpoint):
+    rewritten(checkpoint, zipfile.ZIP_STORED)
+    assert_same(checkpoint_from_path(checkpoint).tensors, state)
+
+
+@pytest.mark.parametrize(
+    ("compression", "twice", "words"),
+    [
+        (zipfile.ZIP_DEFLATED, (), "compressed archive.*save it again"),
+        (zipfile.ZIP_BZIP2, (), "compressed archive"),
+        (zipfile.ZIP_STORED, ("data.pkl",), "two records of one name"),
+        (zipfile.ZIP_STORED, ("data/3",), "two records of one name"),
+    ],
+)
+def test_an_archive_whose_bytes_are_not_the_weights_is_refused(compression, twice, words, checkpoint):
+    """Mapped into memory, compressed bytes would be taken for weights: no checksum tells."""
+    rewritten(checkpoint, compression, twice)
+    with pytest.raises(CheckpointRejected, match=words):
+        checkpoint_from_path(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_a_record_that_is_marked_as_a_folder_is_refused(name, state, tmp_path):
+    """In its place torch reads memory that nobody has written; no checksum tells."""
+    torch.save(state, tmp_path / name)
+    content = bytearray((tmp_path / name).read_bytes())
+    record = weight_records(tmp_path / name)[-1]
+    entry = content.rindex(record.encode()) - 46  # in the archive's directory
+    assert content[entry:][:4] == b"PK\1\2"
+    content[entry + 38] |= 0x10
+    (tmp_path / name).write_bytes(content)
+    check_archive(tmp_path / name)
+    with pytest.raises(CheckpointRejected, match=f"damaged archive \\({record} is marked as a folder"):
+        checkpoint_from_path(tmp_path / name)
+
+
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128, torch.uint16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("longer", [-1, 0, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_storage_that_is_not_as_long_as_its_record_is_refused(dtype, longer, tmp_path):
+    """Mapped into memory, it would go on into the weights that come next; no checksum tells."""
+    path = tmp_path / "model.pt"
+    torch.save({"stage0.counter": torch.ones(1).to(dtype), "stage0.weight": torch.ones(2, 3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    first = records["model/data/0"]
+    assert len(first) == dtype.itemsize
+    records["model/data/0"] = first + first if longer > 0 else first[: len(first) + longer]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+    check_archive(path)
+    if longer == 0:
+        assert checkpoint_from_path(path).tensors["stage0.counter"].dtype == dtype
+        return
+    length = len(records["model/data/0"])
+    with pytest.raises(CheckpointRejected, match=rf"damaged \(data/0 has {length} bytes, not {dtype.itemsize}\)"):
+        checkpoint_from_path(path)
+
+
+def test_a_storage_whose_record_is_called_otherwise_is_refused(tmp_path):
+    """Behind a zero byte torch does not read a name on, and takes another record."""
+    path = tmp_path / "model.pt"
+    torch.save({"stage0.weight": torch.ones(2, 3), "stage1.weight": torch.zeros(2, 3)}, path)
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    second = b"X\x01\x00\x00\x001"
+    assert records["model/data.pkl"].count(second) == 1
+    records["model/data.pkl"] = records["model/data.pkl"].replace(second, b"X\x02\x00\x00\x000\x00")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, record in records.items():
+            archive.writestr(name, record)
+    assert not torch.load(path, weights_only=True, mmap=True)["stage1.weight"].eq(0).any()
+    with pytest.raises(CheckpointRejected, match=r"damaged .*has no bytes, not 24"):
+        checkpoint_from_path(path)
+
+
+def test_a_storage_of_nothing_is_as_long_as_its_record(tmp_path):
+    torch.save({"stage0.weight": torch.ones(2, 3), "stage0.mask": torch.zeros(0)}, tmp_path / "model.pt")
+    assert checkpoint_from_path(tmp_path / "model.pt").tensors["stage0.mask"].shape == (0,)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 8])
+def test_a_record_whose_name_is_no_text_is_refused(offset, checkpoint):
+    content = bytearray(checkpoint.read_bytes())
+    content[7] |= 0x08  # the name is UTF-8
+    at = content.index(b"model/data.pkl") + offset
+    content[at] = 0xFF
+    checkpoint.write_bytes(content)
+    with pytest.raises(CheckpointRejected, match=r"model\.pt: .* copy"):
+        checkpoint_from_path(checkpoint)
+
+
+def test_a_checkpoint_inside_a_zip_is_refused_with_what_to_do(checkpoint, tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(checkpoint, checkpoint.name)
+    with pytest.raises(CheckpointRejected, match=r"compressed archive \(model\.pt\).*unpack"):
+        checkpoint_from_path(tmp_path / "packed.pt")
 
 
 # Branches win

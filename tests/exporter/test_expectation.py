@@ -15,10 +15,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from exporter.architecture import architecture_from_tensors
+from engines.outputs import layout_from_outputs
+from exporter.architecture import with_features
 from exporter.errors import InputRejected
 from exporter.expectation import LARGEST_COUNT, STAGE, Expectation, expectation_check, expectation_from_npz
-from exporter.lineages import canonical_from_raw, lineage_from_names
+from tests.families import Network
+from tests.family_names import APPLE, PLUS, QAREPVGG, QAREPVGG_V1
+from tests.family_names import Shape as FamilyShape
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape, deployed_state
 
 SIZE = (32, 32)
@@ -26,12 +30,12 @@ INPUT = np.random.default_rng(3).standard_normal((6, 3, *SIZE), np.float32)
 OUTPUT = np.random.default_rng(4).standard_normal((6, 7), np.float32)
 
 
-def network_from(state, strides=None, eps=None):
-    lineage = lineage_from_names(list(state), "test")
-    tensors, unexpected = canonical_from_raw(state, lineage)
-    return architecture_from_tensors(
-        tensors, lineage, unexpected=unexpected, where="test", strides=strides, eps=eps
-    ), tensors
+CLASSIFIER, _ = network_from_state(NaiveRepVGG(Shape()).state_dict())
+
+
+def expectation(images, outputs):
+    """As ``expectation_from_npz`` reads the outputs of a classifier."""
+    return Expectation("io.npz", images, outputs, layout_from_outputs({"output": outputs}))
 
 
 # The file
@@ -48,9 +52,9 @@ def npz(tmp_path):
     return save
 
 
-def rejected(path):
+def rejected(path, architecture=CLASSIFIER):
     with pytest.raises(InputRejected) as caught:
-        expectation_from_npz(path, 3, SIZE, 7)
+        expectation_from_npz(path, architecture, SIZE)
     line = str(caught.value)
     assert caught.value.exit_code == 3
     assert line.startswith(f"{path}: ")
@@ -61,7 +65,7 @@ def rejected(path):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("output_dtype", [np.float16, np.float32, np.float64])
 def test_the_arrays_are_read_as_they_are(npz, dtype, output_dtype):
-    found = expectation_from_npz(npz(input=INPUT.astype(dtype), output=OUTPUT.astype(output_dtype)), 3, SIZE, 7)
+    found = expectation_from_npz(npz(input=INPUT.astype(dtype), output=OUTPUT.astype(output_dtype)), CLASSIFIER, SIZE)
     assert found.source == "io.npz"
     assert (found.images.dtype, found.outputs.dtype) == (np.float32, np.float64)
     assert np.array_equal(found.images, INPUT)
@@ -71,7 +75,7 @@ def test_the_arrays_are_read_as_they_are(npz, dtype, output_dtype):
 def test_of_many_rows_the_first_are_taken_and_said(npz):
     images = np.zeros((LARGEST_COUNT + 3, 3, *SIZE), np.float32)
     outputs = np.arange(len(images) * 7, dtype=np.float32).reshape(-1, 7)
-    found = expectation_from_npz(npz(input=images, output=outputs), 3, SIZE, 7)
+    found = expectation_from_npz(npz(input=images, output=outputs), CLASSIFIER, SIZE)
     assert len(found.images) == len(found.outputs) == LARGEST_COUNT
     assert found.source == f"the first {LARGEST_COUNT} of {LARGEST_COUNT + 3} rows of io.npz"
     assert np.array_equal(found.outputs, outputs[:LARGEST_COUNT])
@@ -125,6 +129,45 @@ def test_a_pickle_is_never_loaded(npz, name):
     assert Pickled.loaded == 0
 
 
+# The file of a network with feature maps
+
+
+TWO_STAGES = with_features(CLASSIFIER, (1, 3))
+MAPS = {
+    "stage1": np.random.default_rng(5).standard_normal((6, 8, 8, 8), np.float32),
+    "stage3": 1e5 * np.random.default_rng(6).standard_normal((6, 16, 2, 2), np.float32),
+}
+
+
+def test_feature_maps_are_read_by_name_and_joined_each_in_its_own_scale(npz):
+    path = npz(input=INPUT, stage3=MAPS["stage3"], output=OUTPUT, stage1=MAPS["stage1"])
+    found = expectation_from_npz(path, TWO_STAGES, SIZE)
+    assert (found.layout.names, found.layout.ranked) == (("stage1", "stage3"), False)
+    expected = np.concatenate([(maps / np.abs(maps).max()).reshape(6, -1) for maps in MAPS.values()], axis=1)
+    assert found.outputs == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    rows = found.rows({name: torch.from_numpy(maps) for name, maps in MAPS.items()})
+    assert rows == pytest.approx(found.outputs, rel=1e-6, abs=1e-9)
+
+
+BAD_MAPS = {
+    "one is missing": ({"stage3": None}, "does not hold input and stage1 and stage3; np.savez them"),
+    "the classifier's": ({"stage1": OUTPUT}, "stage1 is float32 (6, 7); expected float32 (6, 8, 8, 8), a feature map"),
+    "other channels": ({"stage3": MAPS["stage3"][:, :8]}, "stage3 is float32 (6, 8, 2, 2); expected float32 (6, 16"),
+    "another size": ({"stage1": MAPS["stage1"][..., :7]}, "would be others with other --strides, or another --size"),
+    "channels last": ({"stage1": MAPS["stage1"][:, :, 0]}, "stage1 is float32 (6, 8, 8); expected"),
+    "other rows": ({"stage3": MAPS["stage3"][:5]}, "stage3 is float32 (5, 16, 2, 2); expected float32 (6, 16, 2, 2)"),
+    "zero": ({"stage3": 0 * MAPS["stage3"]}, "stage3 is zero everywhere"),
+    "NaN": ({"stage1": np.full_like(MAPS["stage1"], np.nan)}, "stage1 holds NaN or infinite values"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), BAD_MAPS.values(), ids=BAD_MAPS)
+def test_feature_maps_that_do_not_fit_are_refused_in_one_line(npz, changes, reason):
+    arrays = {name: value for name, value in {"input": INPUT, **MAPS, **changes}.items() if value is not None}
+    line = rejected(npz(**arrays), TWO_STAGES)
+    assert reason in line
+
+
 def archive():
     buffer = io.BytesIO()
     np.savez(buffer, input=INPUT[:1, :, :4, :4], output=OUTPUT[:1])
@@ -138,7 +181,7 @@ def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path, position, 
     data[position] = value
     (tmp_path / "io.npz").write_bytes(data[:position] if cut else data)
     try:
-        found = expectation_from_npz(tmp_path / "io.npz", 3, (4, 4), 7)
+        found = expectation_from_npz(tmp_path / "io.npz", CLASSIFIER, (4, 4))
     except InputRejected:
         return
     assert np.isfinite(found.outputs).all()
@@ -189,8 +232,8 @@ def with_eps(model, eps):
 
 def checked(taught, outputs, strides=(2, 1, 2, 2, 2), eps=None):
     model, images = taught
-    network = network_from(model.state_dict(), strides, eps)
-    return expectation_check(*network, Expectation("io.npz", images, outputs))
+    network = network_from_state(model.state_dict(), strides, eps)
+    return expectation_check(*network, expectation(images, outputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -284,25 +327,93 @@ def test_a_network_with_nan_in_it_fails(taught):
     model, images = taught
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["linear.weight"][0, 0] = float("nan")
-    network = network_from(state, (2, 1, 2, 2, 2))
-    check = expectation_check(*network, Expectation("io.npz", images, outputs_of(*taught)))
+    network = network_from_state(state, (2, 1, 2, 2, 2))
+    check = expectation_check(*network, expectation(images, outputs_of(*taught)))
     assert check.passed is False
     assert "8 outputs are NaN or infinite" in check.detail
 
 
 def test_a_deployed_file_is_checked_and_no_epsilon_is_tried(taught):
     model, images = taught
-    network = network_from(deployed_state(copy.deepcopy(model)), (2, 1, 2, 2, 2))
+    network = network_from_state(deployed_state(copy.deepcopy(model)), (2, 1, 2, 2, 2))
     outputs = outputs_of(model, images)
-    assert expectation_check(*network, Expectation("io.npz", images, outputs)).passed is True
-    wrong = expectation_check(*network, Expectation("io.npz", images, outputs_of(with_eps(model, 1e-3), images)))
+    assert expectation_check(*network, expectation(images, outputs)).passed is True
+    wrong = expectation_check(*network, expectation(images, outputs_of(with_eps(model, 1e-3), images)))
     assert wrong.passed is False
     assert "--eps" not in wrong.detail
 
 
 def test_one_image_is_enough(taught):
     model, images = taught
-    network = network_from(model.state_dict(), (2, 1, 2, 2, 2))
-    one = Expectation("io.npz", images[:1], outputs_of(with_eps(model, 1e-3), images[:1]))
+    network = network_from_state(model.state_dict(), (2, 1, 2, 2, 2))
+    one = expectation(images[:1], outputs_of(with_eps(model, 1e-3), images[:1]))
     assert expectation_check(*network, dataclasses.replace(one, outputs=outputs_of(model, images[:1]))).passed is True
     assert "your outputs fit --eps 1e-3 to" in expectation_check(*network, one).detail
+
+
+# Other families, and feature maps
+
+
+class InTrainingMode(Network):
+    """The same weights; each batch norm takes the statistics of the very images that are answered."""
+
+    def _set_statistics(self, name, y, generator, spread):
+        self.state[f"{name}.running_mean"] = y.mean(dim=(0, 2, 3))
+        self.state[f"{name}.running_var"] = y.var(dim=(0, 2, 3), correction=0)
+
+
+def images_of(count=8):
+    return torch.from_numpy(np.random.default_rng(8).standard_normal((count, 3, *SIZE), np.float32))
+
+
+FAMILIES = {
+    "QARepVGG": (QAREPVGG, FamilyShape()),
+    "QARepVGG V1": (QAREPVGG_V1, FamilyShape()),
+    "MobileOne": (APPLE, FamilyShape(depths=(1, 1, 2, 1, 1), convs=2)),
+    "RepVGGplus": (PLUS, FamilyShape(se=3)),
+}
+
+
+@pytest.mark.parametrize(("family", "shape"), FAMILIES.values(), ids=FAMILIES)
+def test_what_users_of_other_families_get_wrong_is_named_too(family, shape):
+    images = images_of()
+    network = network_from_state(Network(family, shape).state)
+    naive = Network(family, shape)
+    said = {
+        "": naive.answer(images),
+        "--eps 1e-3 to": naive.answer(images, eps=1e-3),
+        "a model in training mode (call .eval() before": InTrainingMode(family, shape, seen=images).answer(images),
+        "an input with its channels reversed (BGR)": naive.answer(images.flip(1)),
+    }
+    for words, outputs in said.items():
+        check = expectation_check(*network, expectation(images.numpy(), outputs.numpy()))
+        assert check.passed is (words == ""), check.detail
+        assert words == "" or f"; your outputs fit {words}" in check.detail, check.detail
+
+
+def check_of_maps(change):
+    """Of the feature maps of stages 1 and 3, of which the user has ``change`` of the right ones."""
+    naive, images = Network(QAREPVGG, FamilyShape()), images_of(3)
+    architecture, tensors = network_from_state(naive.state)
+    stages = naive.stages(images)
+    right = {"stage1": stages[1], "stage3": stages[3]}
+    outputs = {name: maps.numpy() for name, maps in change(right).items()}
+    layout = layout_from_outputs(outputs)
+    found = Expectation("io.npz", images.numpy(), np.asarray(layout.joined(outputs)), layout)
+    return expectation_check(with_features(architecture, (1, 3)), tensors, found)
+
+
+def test_the_users_own_feature_maps_are_reproduced_without_talk_of_top_1():
+    check = check_of_maps(lambda maps: maps)
+    assert (check.passed, check.gate) == (True, 5e-6)
+    assert check.detail == f"relative error {check.value:.1e} (gate 5.0e-06), 3 of io.npz"
+
+
+def test_another_feature_map_fails_and_no_function_of_logits_is_tried():
+    check = check_of_maps(lambda maps: {**maps, "stage3": maps["stage3"] * 1.01})
+    assert check.passed is False
+    assert check.value == pytest.approx(0.01, rel=0.02)
+    assert "nothing else fits" in check.detail
+    softmax_of_maps = check_of_maps(lambda maps: {name: values.softmax(dim=1) for name, values in maps.items()})
+    assert softmax_of_maps.passed is False
+    assert "softmax" not in softmax_of_maps.detail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import struct
 
@@ -9,17 +10,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-import exporter
-from exporter.errors import VerificationFailed
 from exporter.onnx_graph import Graph
-from exporter.precisions import PRECISIONS
+from exporter.precisions import PRECISIONS, fp16
 from exporter.precisions.fp16 import FP16, explicit_cast_twin, half_from_float
-from tests.networks import NaiveRepVGG, Shape, contiguous_float
+from exporter.precisions.rescaling import rescaled
 
 CHANNELS, MIDDLE, CLASSES, SIZE = 2, 3, 4, 4
 
@@ -267,9 +265,18 @@ def test_a_node_whose_weight_is_beyond_half_is_named_and_kept(name, value, kept)
     onnx.checker.check_model(rewritten.graph.structure, full_check=True)
 
 
-PEAK = 180_000.0
+PEAK = np.full(MIDDLE, 180_000.0)
 
 
+@pytest.fixture
+def unscaled(monkeypatch):
+    """Nothing is rescaled, so that everything beyond half must be kept."""
+    monkeypatch.setattr(
+        fp16, "rescaled", lambda graph, peaks: dataclasses.replace(rescaled(graph, {}), peaks=dict(peaks))
+    )
+
+
+@pytest.mark.usefixtures("unscaled")
 @pytest.mark.parametrize(
     ("peaks", "kept"),
     [
@@ -279,7 +286,7 @@ PEAK = 180_000.0
         ({"input": PEAK}, {"a/Conv"}),
         ({"head/features": PEAK}, {"head/Flatten", "head/Gemm"}),
         ({"output": PEAK}, {"head/Gemm"}),
-        ({"a": 65504.0}, set()),
+        ({"a": PEAK * 0 + 65504.0}, set()),
     ],
 )
 def test_every_node_that_touches_a_tensor_beyond_half_is_kept(peaks, kept):
@@ -295,6 +302,7 @@ def test_every_node_that_touches_a_tensor_beyond_half_is_kept(peaks, kept):
     assert np.abs(run(explicit_cast_twin(rewritten.graph), x) - exact).max() < 5e-3 * np.abs(exact).max()
 
 
+@pytest.mark.usefixtures("unscaled")
 @pytest.mark.parametrize(
     ("weights", "peaks"),
     [({"a.weight": 7e4}, {}), ({"b.weight": 7e4}, {}), ({"b.bias": 7e4}, {}), ({}, {"input": PEAK}), ({}, {"a": PEAK})],
@@ -312,12 +320,95 @@ def test_no_kept_convolution_stands_alone_between_two_casts(weights, peaks):
         assert not (maker.get(conv.input[0]) == "Cast" and readers == {"Cast"}), conv.name
 
 
-def test_a_kept_tensor_of_180_000_stays_finite_in_the_twin():
+def test_a_kept_tensor_of_180_000_stays_finite_in_the_twin(unscaled):
     peaks = {"a/conv": PEAK, "a": PEAK}
-    twin = run(explicit_cast_twin(half_from_float(huge(), peaks).graph), ones())
-    np.testing.assert_allclose(twin, run(huge(), ones()), rtol=2e-3)
+    rewritten = half_from_float(huge(), peaks)
+    assert rewritten.kept
+    assert rewritten.exponents == {}
+    np.testing.assert_allclose(run(explicit_cast_twin(rewritten.graph), ones()), run(huge(), ones()), rtol=2e-3)
 
 
+def test_a_rescaled_tensor_of_180_000_stays_finite_in_the_twin_and_nothing_is_kept():
+    rewritten = half_from_float(huge(), {"a/conv": PEAK, "a": PEAK})
+    assert rewritten.kept == {}
+    assert {name: values.tolist() for name, values in rewritten.exponents.items()} == {"a/Conv": [-9, -9, -9]}
+    assert {array.dtype for array in rewritten.graph.weights.values()} == {np.dtype(np.float16)}
+    np.testing.assert_allclose(run(explicit_cast_twin(rewritten.graph), ones()), run(huge(), ones()), rtol=2e-3)
+
+
+def with_outputs(graph, *names):
+    """The graph with more outputs, of float32 feature maps."""
+    structure = onnx.ModelProto()
+    structure.CopyFrom(graph.structure)
+    for name, extent in names:
+        structure.graph.output.append(
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", MIDDLE, extent, extent])
+        )
+    return dataclasses.replace(graph, structure=structure)
+
+
+def all_outputs(graph, x):
+    session = onnxruntime.InferenceSession(
+        graph.structure.SerializeToString(), quiet(), providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(None, {"input": x, **graph.weights}), strict=True))
+
+
+def quiet():
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def test_feature_maps_are_float32_outputs_under_their_names_and_the_next_block_reads_them_in_half():
+    graph, x = with_outputs(two_blocks(), ("a", SIZE), ("b", SIZE // 2)), images()
+    rewritten = half_from_float(graph, {})
+    typed, nodes = types(rewritten.graph), rewritten.graph.structure.graph.node
+    assert [value.name for value in rewritten.graph.structure.graph.output] == ["output", "a", "b"]
+    for name in ("a", "b", "output"):
+        (maker,) = (node for node in nodes if name in node.output)
+        assert (typed[name], maker.op_type, list(maker.input)) == (TensorProto.FLOAT, "Cast", [f"{name}/half"])
+        assert not any(name in node.input for node in nodes)
+    assert [node.name for node in nodes if "a/half" in node.input] == ["a/Cast", "b/Conv"]
+    assert operations(rewritten.graph).count("Cast") == 4
+    assert len({node.name for node in nodes}) == len(nodes)
+    found, truth = all_outputs(explicit_cast_twin(rewritten.graph), x), all_outputs(graph, x)
+    np.testing.assert_array_equal(found["output"], by_hand(two_blocks(), x))
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(found[name], rounded(found[name]))
+        np.testing.assert_allclose(found[name], truth[name], rtol=0, atol=5e-3 * np.abs(truth[name]).max())
+
+
+def test_a_feature_map_beyond_half_is_kept_whole_and_only_its_neighbours():
+    graph = with_outputs(huge(), ("a", SIZE))
+    rewritten = half_from_float(graph, {"a/conv": PEAK, "a": PEAK})
+    assert rewritten.exponents == {}
+    assert rewritten.kept == {
+        "a/Conv": "activation a/conv reaches 1.8e+05",
+        "a/Relu": "activation a/conv reaches 1.8e+05",
+        "b/Conv": "activation a reaches 1.8e+05",
+        "b/Relu": "it reads b/Conv",
+    }
+    found = all_outputs(explicit_cast_twin(rewritten.graph), ones())
+    truth = all_outputs(graph, ones())
+    np.testing.assert_array_equal(found["a"], truth["a"])
+    np.testing.assert_allclose(found["output"], truth["output"], rtol=2e-3)
+    assert found["a"].max() == 180_000.0
+
+
+def test_a_feature_map_in_float32_that_a_half_block_reads_is_cast_once():
+    graph = with_outputs(two_blocks(**{"a.weight": np.full((MIDDLE, CHANNELS, 3, 3), 7e4)}), ("a", SIZE))
+    rewritten = half_from_float(graph, {})
+    assert set(rewritten.kept) == {"a/Conv", "a/Relu"}
+    (relu,) = (node for node in rewritten.graph.structure.graph.node if node.name == "a/Relu")
+    assert list(relu.output) == ["a"]
+    assert [node.name for node in rewritten.graph.structure.graph.node if "a" in node.input] == ["a/Cast"]
+    onnx.checker.check_model(rewritten.graph.structure, full_check=True)
+
+
+@pytest.mark.usefixtures("unscaled")
 def test_kept_nodes_are_not_rounded_by_the_twin():
     """With everything kept the twin is the float32 graph, to the last bit."""
     everything = {name: PEAK for node in two_blocks().structure.graph.node for name in (*node.input, *node.output)}
@@ -325,112 +416,6 @@ def test_kept_nodes_are_not_rounded_by_the_twin():
     assert len(rewritten.kept) == 7
     assert "Cast" not in operations(rewritten.graph)
     np.testing.assert_array_equal(run(explicit_cast_twin(rewritten.graph), images()), run(two_blocks(), images()))
-
-
-# --- the whole export
-
-
-def scaled(model, changes):
-    """The model with the batch norms of named blocks scaled: (factor of the scale, factor of the shift)."""
-    for block, (scale, shift) in changes.items():
-        for part in model.get_submodule(block).modules():
-            if isinstance(part, torch.nn.BatchNorm2d):
-                part.weight.data *= scale
-                part.bias.data *= shift
-    return model
-
-
-def exported(model, folder):
-    torch.save(contiguous_float(model.state_dict()), folder / "net.pt")
-    return exporter.export(folder / "net.pt", folder / "out", trt=("fp16",), size=32)
-
-
-def check_of(report, stage):
-    return next(check for check in report.checks if check.stage == stage)
-
-
-@pytest.mark.parametrize(
-    ("up", "down"),
-    [("stage0", "stage1.0"), ("stage1.0", "stage1.1"), ("stage2.1", "stage3.0"), ("stage3.0", "stage4.0")],
-)
-def test_a_block_beyond_half_is_kept_and_the_export_passes_and_says_so(tmp_path, up, down):
-    model = scaled(NaiveRepVGG(Shape(classes=8), seed=1), {up: (1e5, 1e5), down: (1e-5, 1.0)})
-    report = exported(model, tmp_path)
-    name, after = (block if "." in block else f"{block}.0" for block in (up, down))
-    kept = report.engines[0].kept_in_float32
-    assert set(kept) >= {f"{name}/Conv", f"{name}/Relu", f"{after}/Conv"}
-    precision = check_of(report, "fp16, precision asked for")
-    assert precision.detail.startswith("5 of 7 convs; ")
-    assert all(f"{node} kept in float32: {reason}" in precision.detail for node, reason in kept.items())
-    twin = check_of(report, "fp16, explicit-cast twin against float64")
-    assert twin.passed
-    assert twin.value < 5e-3
-    line = report.engines[0].audit["line"]
-    assert "5 of 7 convs in FP16" in line
-    assert "2 of 7 convs in FP32" in line
-    assert line.endswith("Conv+ReLU in one kernel each, all 8 weights bit-equal")
-    x = np.load(tmp_path / "out" / "golden.npz")["input"]
-    typed = onnxruntime.InferenceSession(tmp_path / "out" / "net.fp16.onnx", providers=["CPUExecutionProvider"])
-    answer = model.answer(torch.from_numpy(x)).numpy()
-    assert np.abs(typed.run(None, {"input": x})[0] - answer).max() < 5e-3 * np.abs(answer).max()
-
-
-def test_a_convolution_kept_for_its_weights_alone_is_compiled_in_float32(tmp_path):
-    """What goes in and what comes out fits half; only the weights do not."""
-    model = scaled(NaiveRepVGG(Shape(classes=8), seed=1), {"stage0": (1e-3, 1e-3), "stage1.0": (3e5, 1.0)})
-    for part in model.get_submodule("stage1.0").modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.running_mean.zero_()
-    report = exported(model, tmp_path)
-    assert report.engines[0].kept_in_float32["stage1.0/Conv"].startswith("weight stage1.0.weight reaches ")
-    line = report.engines[0].audit["line"]
-    assert "6 of 7 convs in FP16" in line
-    assert "1 of 7 convs in FP32" in line
-
-
-def test_a_last_block_beyond_half_is_kept_with_the_head_that_reads_it(tmp_path):
-    """The mean of what is beyond half is beyond half too, and so is what the classifier reads."""
-    model = scaled(NaiveRepVGG(Shape(classes=8), seed=1), {"stage4.0": (1e5, 1e5)})
-    model.linear.weight.data *= 1e-5
-    report = exported(model, tmp_path)
-    assert check_of(report, "fp16, explicit-cast twin against float64").passed
-    assert {"stage4.0/Conv", "stage4.0/Relu", "head/Pool", "head/Flatten", "head/Gemm"} <= set(
-        report.engines[0].kept_in_float32
-    )
-    assert "6 of 7 convs in FP16, 1 of 7 convs in FP32, " in report.engines[0].audit["line"]
-
-
-def test_squeeze_and_excitation_beyond_half_inside_is_kept(tmp_path):
-    """The squeezed tensor has a range of its own, which the block's input and output do not show."""
-    shape = Shape(classes=8, se=True, depths=(1, 1, 1, 1, 1), widths=(128,) * 5)
-    model = NaiveRepVGG(shape, seed=1)
-    se = model.get_submodule("stage1.0").se
-    se.down.weight.data *= 4e5
-    se.down.bias.data.fill_(1e5)
-    se.up.weight.data *= 1e-6
-    report = exported(model, tmp_path)
-    assert {"stage1.0/se/reduce/Conv", "stage1.0/se/Relu", "stage1.0/se/expand/Conv"} <= set(
-        report.engines[0].kept_in_float32
-    )
-
-
-def test_fp16_never_silently_stays_float32(tmp_path):
-    """Where every convolution would have to be kept the verdict is a failure, whatever the numbers say."""
-    model = scaled(NaiveRepVGG(Shape(classes=8), seed=1), {"stage0": (1e7, 1e7)})
-    model.linear.weight.data *= 1e-6
-    with pytest.raises(VerificationFailed) as raised:
-        exported(model, tmp_path)
-    assert str(raised.value).startswith("fp16, precision asked for: 0 of 7 convs; stage0.0/Conv kept in float32: ")
-    left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert "net.fp16.engine.rejected" in left
-    assert all(name.endswith(".rejected") for name in left)
-
-
-def test_one_convolution_in_half_is_enough_to_be_called_half_and_the_others_are_named(tmp_path):
-    model = scaled(NaiveRepVGG(Shape(classes=8), seed=1), {"stage0": (1e7, 1e7), "stage3.0": (1e-7, 1.0)})
-    report = exported(model, tmp_path)
-    assert check_of(report, "fp16, precision asked for").detail.startswith("1 of 7 convs; ")
-    assert "1 of 7 convs in FP16, 6 of 7 convs in FP32, " in report.engines[0].audit["line"]
 
 
 def test_the_precision_and_its_gate_are_what_the_design_says():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 
 import numpy as np
 import onnx
@@ -13,10 +14,11 @@ import torch
 from onnx import helper
 
 from exporter import pipeline
-from exporter.architecture import architecture_from_tensors
+from exporter.architecture import with_features
 from exporter.errors import VerificationFailed
 from exporter.images import noise_images
 from exporter.layers import (
+    LayerGraph,
     LayerStage,
     farthest_row,
     first_departing,
@@ -27,10 +29,13 @@ from exporter.layers import (
     rows_from_stages,
 )
 from exporter.ledger import Stage, whole_stage
-from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
 from exporter.plain import plain_from_repvgg
 from exporter.precisions import PRECISIONS
+from tests.families import Network
+from tests.family_names import APPLE, PLUS, QAREPVGG
+from tests.family_names import Shape as FamilyShape
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
 SIZE = (20, 20)
@@ -40,13 +45,7 @@ FLOAT32 = 5e-6
 
 @pytest.fixture(scope="module")
 def network():
-    tensors = contiguous_float(NaiveRepVGG(Shape(se=True, widths=(16, 32, 32, 48, 64))).state_dict())
-    lineage = lineage_from_names(list(tensors), "model.pt")
-    canonical, _ = canonical_from_raw(tensors, lineage)
-    architecture = architecture_from_tensors(
-        canonical, lineage, unexpected=[], where="model.pt", strides=None, eps=None
-    )
-    return architecture, canonical
+    return network_from_state(contiguous_float(NaiveRepVGG(Shape(se=True, widths=(16, 32, 32, 48, 64))).state_dict()))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,8 @@ def graph(network):
 
 def departing(network, graphs):
     architecture, tensors = network
-    stages = layer_stages(architecture, tensors, SIZE, IMAGE, graphs, FLOAT32)
+    after = [LayerGraph(*graph, {}) for graph in graphs]
+    stages = layer_stages(architecture, tensors, SIZE, IMAGE, after, FLOAT32)
     reference = layers_of_network(architecture, tensors, torch.from_numpy(IMAGE).double())
     rows = rows_from_stages(reference, stages)
     return rows, first_departing(rows, stages)
@@ -82,6 +82,53 @@ def test_every_layer_of_every_form_is_near_the_reference(network, graph):
         assert row.errors["fused, float64"] < 1e-13
         assert 1e-9 < row.errors["ONNX"] < FLOAT32
         assert 1e-5 < row.errors["fp16"] < 5e-3
+
+
+# --- families, backbones and feature maps
+
+
+FAMILIES = {
+    "RepVGGplus": (PLUS, FamilyShape(se=3)),
+    "QARepVGG": (QAREPVGG, FamilyShape()),
+    "MobileOne": (APPLE, FamilyShape(convs=2)),
+}
+
+
+def features_of(network, features):
+    """The network up to the last of the stages, and the tensors that it still has."""
+    architecture, tensors = network
+    cut = with_features(architecture, features)
+    blocks = tuple(f"{block.name}." for block in cut.blocks)
+    return cut, {name: tensor for name, tensor in tensors.items() if name.startswith(blocks)}
+
+
+def graph_of(network):
+    architecture, tensors = network
+    plain = plain_from_repvgg(architecture, tensors, IMAGE)
+    return onnx_from_plain(plain, structure_from_architecture(architecture, SIZE), {})
+
+
+@pytest.mark.parametrize("features", [(), (1, 3)], ids=["classifier", "features"])
+@pytest.mark.parametrize(("family", "shape"), FAMILIES.values(), ids=FAMILIES)
+def test_every_layer_of_every_family_is_near_the_reference(family, shape, features):
+    whole = network_from_state(Network(family, shape).state)
+    network = features_of(whole, features) if features else whole
+    rows, first = departing(network, [("simplified", graph_of(network), FLOAT32)])
+    assert first is None
+    named = (
+        {"stage1.1": "stage1", "stage3.1": "stage3"}
+        if family is not APPLE
+        else {"stage1.3": "stage1", "stage3.3": "stage3"}
+    )
+    blocks = [named.get(block.name, block.name) if features else block.name for block in network[0].blocks]
+    assert [row.layer for row in rows] == (blocks if features else [*blocks, "output"])
+    assert all(1e-9 < row.errors["ONNX"] < FLOAT32 for row in rows)
+
+
+def test_a_feature_map_that_departs_is_named_as_the_output_that_it_is(network):
+    cut = features_of(network, (1, 2))
+    wrong = with_weight(graph_of(cut), "stage2.1.weight", lambda w: w * np.float32(1.01))
+    assert departing(cut, [("simplified", wrong, FLOAT32)])[1] == "stage2 in simplified"
 
 
 FAULTS = {
@@ -120,7 +167,7 @@ def test_a_graph_without_the_layers_is_refused(network):
         ir_version=8,
     )
     with pytest.raises(VerificationFailed, match="ONNX Runtime refuses it"):
-        layers_of_graph(Graph(structure, {}), network[0], IMAGE)
+        layers_of_graph(Graph(structure, {}), network[0], IMAGE, {})
 
 
 # --- which image is looked at
@@ -184,6 +231,22 @@ def test_a_weight_changed_on_its_way_to_the_file_is_named_with_its_layer(command
     assert row["errors"]["ONNX"] < 1e-6 < 1e-3 < row["errors"]["ONNX simplified, fp32"]
     added = {row["stage"]: row["added"] for row in report["ledger"]}
     assert added["ONNX"] < 1e-5 < added["ONNX simplified, fp32"]
+
+
+def test_channels_that_half_precision_rescaled_do_not_depart(command, small, saved, tmp_path):
+    """Its first block is a million times too loud and the next one makes up for it."""
+    state = contiguous_float(small.state_dict())
+    for name in state:
+        if re.fullmatch(r"stage0\.rbr_\w+\.bn\.(weight|bias)", name):
+            state[name] *= 1e6
+        if re.fullmatch(r"stage1\.0\.rbr_(dense|1x1)\.conv\.weight", name):
+            state[name] *= 1e-6
+    done = command(saved(state), "--size", "20", "--trt", "fp16", "--layers")
+    assert (done.code, done.stderr) == (0, "")
+    assert "8 channels scaled by 2^-" in done.stdout
+    report = json.loads((tmp_path / "model" / "report.json").read_text())
+    assert [row["layer"] for row in report["layers"] if row["errors"]["fp16, explicit-cast twin"] > 5e-3] == []
+    assert "\nlayers: none departs\n" in done.stdout
 
 
 def test_without_the_flag_there_are_no_layers(command, checkpoint, tmp_path):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from engines.parity import Gate
-from exporter.architecture import architecture_from_tensors
+from exporter.architecture import with_features
 from exporter.errors import DeviceFailed, VerificationFailed
 from exporter.ledger import (
+    LARGEST_VALUES,
     LARGEST_WORK,
     Stage,
     affordable_images,
@@ -19,10 +20,10 @@ from exporter.ledger import (
     stage_from_run,
     whole_stage,
 )
-from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.measured import WIDEST_GATE, Measured, at_least, fixed
 from exporter.reference import Reference
-from exporter.workload import multiply_accumulates
+from exporter.workload import multiply_accumulates, output_values
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
 REFERENCE = np.array([[4.0, 1.0, -8.0], [0.0, 2.0, 1.0]])
@@ -37,11 +38,21 @@ def outputs_of(images):
 
 
 def measured(largest=0):
-    return Measured(Reference(IMAGES, outputs_of(IMAGES), {}), largest)
+    return Measured(reference_of(outputs_of(IMAGES)), largest)
+
+
+def reference_of(outputs):
+    return Reference(IMAGES, {"output": outputs}, {})
+
+
+def named(run):
+    """A network whose one output is what ``run`` gives."""
+    return lambda batch: {"output": run(batch)}
 
 
 def check(run, gate=GATE, **options):
-    return measured(options.pop("largest_size", 0)).check("stage", "title", lambda: run, fixed(gate), **options)
+    found = measured(options.pop("largest_size", 0))
+    return found.check("stage", "title", lambda: named(run), fixed(gate), **options)
 
 
 # --- rows
@@ -148,11 +159,11 @@ def test_a_mix_up_fails_also_where_the_answers_are_nearer_to_each_other_than_the
     def mixed(batch):
         return 1000.0 * np.array([[1.0, 0.5, -1.0]]) + run(batch) / 1e3 + 1e-5
 
-    found = Measured(Reference(IMAGES, alike(IMAGES), {}), 0)
-    right = found.check("s", "t", lambda: lambda batch: alike(batch) + 1e-5, fixed(GATE))
+    found = Measured(reference_of(alike(IMAGES)), 0)
+    right = found.check("s", "t", lambda: named(lambda batch: alike(batch) + 1e-5), fixed(GATE))
     assert right.passed is None
     assert right.detail.startswith("undecided: a constant answer would pass, too; give real images; relative error")
-    wrong = found.check("s", "t", lambda: mixed, fixed(GATE))
+    wrong = found.check("s", "t", lambda: named(mixed), fixed(GATE))
     assert wrong.passed is False
     assert "is nearer to that of another image: rows are mixed up, or all alike" in wrong.detail
 
@@ -191,7 +202,7 @@ def test_a_stage_that_is_not_judged_is_left_out_where_it_cannot_be_run():
 
     found = measured()
     found.keep("cannot", opened)
-    found.keep("can", lambda: outputs_of)
+    found.keep("can", lambda: named(outputs_of))
     assert [row.stage for row in found.ledger] == ["can"]
 
 
@@ -210,37 +221,101 @@ def test_float32_has_the_wider_gate_only_where_the_training_network_loses_as_muc
     def loss(value):
         return lambda: asked.append(value) or value
 
-    run = lambda batch: outputs_of(batch) * 1.00002  # noqa: E731
+    run = named(lambda batch: outputs_of(batch) * 1.00002)
     judged = [measured().check("s", "t", lambda: run, at_least(gate, loss(value), 4.0)) for value in (1e-6, 1e-5)]
     assert [found.passed for found in judged] == [False, True]
     assert [found.gate for found in judged] == [5e-6, 4e-5]
     assert asked == [1e-6, 1e-5]
-    assert measured().check("s", "t", lambda: outputs_of, at_least(gate, loss(1.0), 4.0)).gate == 5e-6
+    assert measured().check("s", "t", lambda: named(outputs_of), at_least(gate, loss(1.0), 4.0)).gate == 5e-6
     assert asked == [1e-6, 1e-5]
 
 
 @pytest.mark.parametrize(("loss", "gate"), [(0.2, WIDEST_GATE), (math.inf, 5e-6), (math.nan, 5e-6)])
 def test_no_loss_makes_the_gate_wide_enough_for_a_wrong_answer(loss, gate):
     judge = at_least(Gate(max_relative_error=5e-6, top1=True), lambda: loss, 4.0)
-    found = measured().check("s", "t", lambda: lambda batch: outputs_of(batch) * 1.01, judge)
+    found = measured().check("s", "t", lambda: named(lambda batch: outputs_of(batch) * 1.01), judge)
     assert (found.passed, found.gate) == (False, gate)
 
 
 def test_a_nan_is_given_no_wider_gate():
-    run = lambda batch: outputs_of(batch) * np.nan  # noqa: E731
+    run = named(lambda batch: outputs_of(batch) * np.nan)
     found = measured().check("s", "t", lambda: run, at_least(GATE, lambda: math.inf, 4.0))
     assert not found.passed
     assert "12 outputs are NaN or infinite" in found.detail
+
+
+# --- several outputs
+
+
+NAMED = {
+    "stage1": outputs_of(IMAGES).reshape(4, 3, 1, 1),
+    "stage2": 1e-6 * outputs_of(IMAGES)[:, :2].reshape(4, 1, 2, 1),
+}
+"""Feature maps whose scales are a million apart."""
+ROWS = {images.tobytes(): row for row, images in enumerate(IMAGES)}
+
+
+def features(images, **factors):
+    rows = [ROWS[image.tobytes()] for image in images]
+    return {name: values[rows] * factors.get(name, 1.0) for name, values in NAMED.items()}
+
+
+def check_of_features(run):
+    found = Measured(Reference(IMAGES, NAMED, {}), 0, at=" at 2x2")
+    return found, found.check("stage", "title", lambda: run, fixed(GATE))
+
+
+def test_feature_maps_are_compared_each_in_its_own_scale():
+    found, check = check_of_features(features)
+    assert (check.stage, check.passed, check.value) == ("title at 2x2", True, 0.0)
+    assert [row.stage for row in found.ledger] == ["stage at 2x2"]
+    assert "top-1" not in check.detail
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(("factor", "passes"), [(1.0005, True), (1.002, False)])
+def test_the_gate_decides_on_every_output(name, factor, passes):
+    _, check = check_of_features(lambda batch: features(batch, **{name: factor}))
+    assert check.passed is passes
+    assert check.value == pytest.approx(factor - 1)
+
+
+WRONG_OUTPUTS = {
+    "one is missing": (lambda found: {"stage1": found["stage1"]}, "stage1, stage2: no output stage2"),
+    "other names": (lambda found: {"output": found["stage1"]}, "stage1, stage2: no output stage1, stage2"),
+    "other rows": (lambda found: {**found, "stage2": found["stage2"][:0]}, "stage1, stage2: outputs of 0, 1 rows"),
+    "in each other's place": (lambda found: dict(zip(found, reversed(found.values()), strict=True)), None),
+    "not a number": (lambda found: {**found, "stage2": found["stage2"] * np.nan}, "8 outputs are NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), WRONG_OUTPUTS.values(), ids=WRONG_OUTPUTS)
+def test_outputs_that_are_lost_or_of_another_name_fail(change, words):
+    _, check = check_of_features(lambda batch: change(features(batch)))
+    assert check.passed is False
+    assert words is None or check.detail.startswith(words)
+
+
+def test_a_batch_of_feature_maps_that_is_mixed_up_fails():
+    _, check = check_of_features(lambda batch: {name: values[::-1] for name, values in features(batch).items()})
+    assert check.passed is False
+
+
+def test_what_was_computed_elsewhere_is_joined_by_name():
+    found = Measured(Reference(IMAGES, NAMED, {}), 0)
+    found.keep_outputs("all", dict(reversed(NAMED.items())))
+    found.keep_outputs("two", {name: values[:2] * 1.5 for name, values in NAMED.items()})
+    assert [row.comparison.relative_error for row in found.ledger] == [0.0, pytest.approx(0.5, rel=0.6)]
+    assert [row.comparison.rows for row in found.ledger] == [4, 2]
+    with pytest.raises(ValueError, match="no output stage2"):
+        found.keep_outputs("one", {"stage1": NAMED["stage1"]})
 
 
 # --- work
 
 
 def architecture_of(shape):
-    tensors = contiguous_float(NaiveRepVGG(shape).state_dict())
-    lineage = lineage_from_names(list(tensors), "model.pt")
-    canonical, _ = canonical_from_raw(tensors, lineage)
-    return architecture_from_tensors(canonical, lineage, unexpected=[], where="model.pt", strides=None, eps=None)
+    return network_from_state(contiguous_float(NaiveRepVGG(shape).state_dict()))[0]
 
 
 def test_the_work_is_counted_by_hand():
@@ -252,6 +327,22 @@ def test_the_work_is_counted_by_hand():
         expected += block.out_channels * (block.in_channels // block.groups) * 9 * height * height
         expected += 2 * block.out_channels * (block.se_channels or 0)
     assert multiply_accumulates(architecture, (20, 20)) == expected
+
+
+def test_the_numbers_in_feature_maps_are_counted_by_hand():
+    architecture = architecture_of(Shape())
+    assert output_values(architecture, (20, 20)) == 7
+    cut = with_features(architecture, (0, 1, 3))
+    assert output_values(cut, (20, 20)) == 8 * 10 * 10 + 8 * 5 * 5 + 16 * 2 * 2
+    assert output_values(cut, (21, 33)) == 8 * 11 * 17 + 8 * 6 * 9 + 16 * 2 * 3
+
+
+def test_feature_maps_that_are_large_make_the_largest_batch_smaller():
+    cut = with_features(architecture_of(Shape()), (0,))
+    each = output_values(cut, (2000, 2000))
+    assert each == 8 * 1000 * 1000
+    assert largest_batch(cut, (1000, 1000), 32) == LARGEST_VALUES // output_values(cut, (1000, 1000)) == 4
+    assert largest_batch(cut, (20, 20), 32) == 32
 
 
 def test_the_largest_batch_is_what_the_work_allows():

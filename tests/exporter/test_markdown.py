@@ -61,6 +61,7 @@ def test_the_sections_stand_in_order_with_the_verdict_first():
         "Checks",
         "Ledger",
         "Layers",
+        "Headroom in half",
         "Accuracy",
         "Batch norms",
         "Branches of a block against each other",
@@ -83,6 +84,28 @@ def test_the_ledger_has_every_figure_of_every_stage():
     flips = "1 (margins 5.0e-01), 1 beyond the error's reach"
     assert first == ["fused, float64", *figures, flips, "0", "1.0e-15", "4"]
     assert second == ["fp16", *figures, flips, "0", "1.5e-03", "1, 3, 32"]
+
+
+def test_the_headroom_of_each_convolution_stands_before_and_after_with_what_was_done():
+    _, _, first, second = tables(markdown_from_report(REPORT))["Headroom in half"]
+    scaled = "2 channels scaled by 2^-4..2^1"
+    assert first == ["stage0.0/Conv", "1.31e+05", "2", "0.5", "-1.0", scaled, "8", "3.0"]
+    assert second == ["stage1.0/se/expand/Conv", "2", "0", "3.28e+04", "15.0", "a Sigmoid", "3.28e+04", "15.0"]
+
+
+def test_only_the_convolutions_with_the_least_headroom_are_shown():
+    row = REPORT.headroom[1]
+    rows = [
+        dataclasses.replace(row, convolution=f"conv{n}", before=dataclasses.replace(row.before, factor=float(n)))
+        for n in (9, 2, 7, 1, 8, 3, 6)
+    ]
+    text = markdown_from_report(dataclasses.replace(REPORT, headroom=tuple(rows)))
+    assert [cells[0] for cells in tables(text)["Headroom in half"][2:]] == ["conv1", "conv2", "conv3", "conv6", "conv7"]
+    assert (
+        "Peaks on seeded noise (no --calib given); the least of 7 convolutions, all of which are in report.json."
+        in text
+    )
+    assert "Headroom" not in markdown_from_report(dataclasses.replace(REPORT, headroom=()))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +159,7 @@ def test_accuracy_is_in_percent_and_points():
 
 def test_a_section_without_rows_is_left_out():
     bare = dataclasses.replace(
-        PASSING, ledger=(), layers=(), accuracy=(), witness=None, engines=(), files=(), versions={}
+        PASSING, ledger=(), layers=(), headroom=(), accuracy=(), witness=None, engines=(), files=(), versions={}
     )
     assert list(tables(markdown_from_report(bare))) == ["Checks", "Assumptions", "Fusion, block by block"]
 

@@ -14,11 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from exporter.architecture import architecture_from_tensors
 from exporter.contract import contract_problems, expected_counts, operation_counts
 from exporter.errors import InputRejected
 from exporter.images import noise_images
-from exporter.lineages import LINEAGES, canonical_from_raw
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import (
     Graph,
@@ -28,15 +26,14 @@ from exporter.onnx_graph import (
     with_initializers,
 )
 from exporter.plain import plain_from_repvgg
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape
 
 SIZE = (20, 24)
 
 
 def plain_of(shape, seed=0):
-    tensors, _ = canonical_from_raw(NaiveRepVGG(shape, seed).state_dict(), LINEAGES[0])
-    architecture = architecture_from_tensors(tensors, LINEAGES[0], unexpected=[], where="x", strides=None, eps=None)
-    return plain_from_repvgg(architecture, tensors, noise_images(3, SIZE))
+    return plain_from_repvgg(*network_from_state(NaiveRepVGG(shape, seed).state_dict()), noise_images(3, SIZE))
 
 
 @pytest.fixture(scope="module", params=["plain", "grouped", "se"])
@@ -48,7 +45,7 @@ def network(request):
 
 
 def problems(path, plain):
-    return contract_problems(path, plain.architecture, weights_from_plain(plain), half=[])
+    return contract_problems(path, plain.architecture, weights_from_plain(plain), half=[], exponents={})
 
 
 def test_the_body_is_one_conv_and_one_relu_per_block(network, tmp_path):

@@ -181,10 +181,10 @@ def test_fused_weights_beyond_float32_are_refused(small, saved, tmp_path):
 
 def test_the_training_networks_own_loss_is_that_of_its_float32_outputs(small, checkpoint, tmp_path):
     request = Request(path=checkpoint, out=tmp_path, size=(20, 20))
-    architecture, tensors = pipeline.repvgg_from_checkpoint(checkpoint_from_path(checkpoint), request)
-    reference = reference_from_repvgg(architecture, tensors, noise_images(3, (20, 20)))
+    network = pipeline.network_from_checkpoint(checkpoint_from_path(checkpoint), request)
+    reference = reference_from_repvgg(network.architecture, network.tensors, noise_images(3, (20, 20)))
     with torch.no_grad():
         naive = small.float()(torch.from_numpy(reference.images)).double().numpy()
-    loss = pipeline.training_time_loss(request, architecture, reference)
+    loss = pipeline.training_time_loss(request, network.architecture, reference)
     assert 1e-8 < loss < 1e-6
     assert loss == pytest.approx(compare(reference.outputs, naive).relative_error, rel=5)

@@ -10,19 +10,23 @@ import pytest
 import torch
 from torch import nn
 
-from exporter.architecture import architecture_from_tensors
 from exporter.images import Normalisation
-from exporter.lineages import canonical_from_raw, lineage_from_names
+from exporter.lineages import lineage_from_tensors
 from exporter.proposals import (
     COLOUR_NORMALISATIONS,
     GREY_NORMALISATIONS,
     LARGEST_WORK,
     proposal_from_images,
 )
+from exporter.recognition import architecture_from_tensors
 from exporter.request import Request, floats_from_text, strides_from_text
 from exporter.strides import stride_choices, with_strides
 from exporter.workload import multiply_accumulates
 from tests.conftest import EXAMPLES
+from tests.families import Network
+from tests.family_names import APPLE, QAREPVGG, QAREPVGG_V1
+from tests.family_names import Shape as FamilyShape
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape, deployed_state
 
 RIGHT = Normalisation((0.5,), (0.5,), assumed=False)
@@ -30,17 +34,9 @@ COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLOUR = Normalisation(COLOUR_MEAN, COLOUR_STD, assumed=False)
 
 
-def network_from(state, strides=None):
-    lineage = lineage_from_names(list(state), "test")
-    tensors, unexpected = canonical_from_raw(state, lineage)
-    return architecture_from_tensors(
-        tensors, lineage, unexpected=unexpected, where="test", strides=strides, eps=None
-    ), tensors
-
-
 @pytest.fixture(scope="module")
 def fashion():
-    return network_from(torch.load(EXAMPLES / "fashion.pt", weights_only=True))
+    return network_from_state(torch.load(EXAMPLES / "fashion.pt", weights_only=True))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +68,7 @@ def colour():
             part.momentum = None
     with torch.no_grad():
         model.train()(torch.from_numpy(normalised(colour_pixels(), COLOUR)))
-    return network_from(model.state_dict(), strides=(2, 1, 2, 2, 2))
+    return network_from_state(model.state_dict(), strides=(2, 1, 2, 2, 2))
 
 
 # Normalisation
@@ -180,16 +176,16 @@ def test_the_choices_are_those_that_the_tensors_leave(fashion):
     """Of fashion.pt, stages 1, 3 and 4 keep the width and have no identity branch: theirs is 2."""
     assert stride_choices(fashion[0]) == ((1, 2), (2,), (1, 2), (2,), (2,))
     naive = NaiveRepVGG(Shape(strides=(2, 1, 2, 2, 1)))
-    told = network_from(naive.float().state_dict(), strides=(2, 1, 2, 2, 1))[0]
+    told = network_from_state(naive.float().state_dict(), strides=(2, 1, 2, 2, 1))[0]
     assert stride_choices(told) == ((1, 2), (1,), (1, 2), (1, 2), (1,))
-    assert stride_choices(network_from(deployed_state(naive))[0]) == ((1, 2),) * 5
+    assert stride_choices(network_from_state(deployed_state(naive))[0]) == ((1, 2),) * 5
 
 
 def test_other_strides_make_the_architecture_that_the_flag_would(colour):
     architecture, tensors = colour
     for strides in ((1, 1, 2, 2, 2), (2, 1, 1, 1, 2)):
         found = with_strides(architecture, strides)
-        lineage = lineage_from_names(["stage0.rbr_dense.conv.weight"], "test")
+        lineage = lineage_from_tensors({"stage0.rbr_dense.conv.weight": torch.zeros(8, 3, 3, 3)}, "test")
         asked = architecture_from_tensors(tensors, lineage, unexpected=(), where="test", strides=strides, eps=None)
         assert found.blocks == asked.blocks
         assert found.stage_strides == asked.stage_strides
@@ -205,6 +201,34 @@ def test_strides_that_are_too_expensive_are_left_out_and_not_said_to_be_tried(co
     assert "strides 1,1,2,2,2" not in patterns
     monkeypatch.setattr("exporter.proposals.LARGEST_WORK", LARGEST_WORK)
     assert "strides 1,1,2,2,2" in proposal_from_images(architecture, tensors, images, COLOUR).tried
+
+
+# Other families
+
+
+@pytest.mark.parametrize("family", [QAREPVGG, QAREPVGG_V1, APPLE], ids=["QARepVGG", "QARepVGG V1", "MobileOne"])
+def test_a_wrong_normalisation_of_another_family_is_put_right(family):
+    pixels = colour_pixels()
+    seen = torch.from_numpy(normalised(pixels, COLOUR))
+    network = network_from_state(Network(family, FamilyShape(convs=2 if family is APPLE else 1), seen=seen).state)
+    assert not proposal_from_images(*network, pixels, COLOUR).found
+    proposal = proposal_from_images(*network, pixels, Normalisation((0.0,) * 3, (1.0,) * 3, assumed=True))
+    assert (proposal.found, proposal.flags) == (True, "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225")
+    assert proposal_from_images(*network, pixels[:, ::-1], COLOUR).reversed_channels
+
+
+def test_wrong_strides_of_a_network_with_identities_that_have_no_tensors_are_put_right():
+    """Where the stride decides whether there is an identity at all."""
+    shape = FamilyShape(strides=(2, 1, 2, 2, 2))
+    seen = torch.from_numpy(normalised(colour_pixels(), COLOUR))
+    state = Network(QAREPVGG, shape, seen=seen).state
+    assumed = network_from_state(state)
+    assert assumed[0].stage_strides == (2, 2, 2, 2, 2)
+    assert stride_choices(assumed[0]) == ((1, 2),) * 5
+    proposal = proposal_from_images(*assumed, colour_pixels(), COLOUR)
+    assert (proposal.found, proposal.flags) == (True, "--strides 2,1,2,2,2")
+    right = network_from_state(state, strides=shape.strides)
+    assert not proposal_from_images(*right, colour_pixels(), COLOUR).found
 
 
 # What goes into the report

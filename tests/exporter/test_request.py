@@ -14,11 +14,14 @@ from exporter.request import (
     LARGEST_BATCH,
     LARGEST_SIZE,
     PRECISION_NAMES,
+    WEIGHTS,
     Request,
     batch_from_text,
     cards_from_text,
+    features_from_text,
     floats_from_text,
-    size_from_text,
+    size_text,
+    sizes_from_text,
     strides_from_text,
 )
 from exporter.variants import VARIANTS
@@ -46,6 +49,13 @@ def size_of(text):
     return None if None in values or len(values) > 2 else (values[0], values[-1])
 
 
+def sizes_of(text):
+    sizes = [size_of(part) for part in text.split(":")]
+    if None in sizes or len(sizes) not in (1, 3):
+        return None
+    return (sizes[0], None) if len(sizes) == 1 else (sizes[1], (sizes[0], sizes[2]))
+
+
 def batch_of(text):
     values = numbers(text, ":", (1, 3))
     return values if values is None else (values[0], values[len(values) // 2], values[-1])
@@ -53,6 +63,10 @@ def batch_of(text):
 
 def strides_of(text):
     return numbers(text, ",", (5,))
+
+
+def features_of(text):
+    return numbers(text, ",", range(1, 99))
 
 
 def cards_of(text):
@@ -87,7 +101,8 @@ def floats_of(text):
 
 
 PARSERS = [
-    ("--size", size_from_text, size_of),
+    ("--size", sizes_from_text, sizes_of),
+    ("--features", features_from_text, features_of),
     ("--batch", batch_from_text, batch_of),
     ("--strides", strides_from_text, strides_of),
     ("--gpu", cards_from_text, cards_of),
@@ -106,6 +121,9 @@ PARSERS = [
 @example(text="-nan")
 @example(text="infinity")
 @example(text="1:8:32\n")
+@example(text="1:8:32")
+@example(text="20x30:28:44x52")
+@example(text="160:224")
 @example(text="224\n")
 @example(text="sm86 , SM_89")
 @example(text="9" * 5000)
@@ -121,8 +139,21 @@ def test_text_is_read_by_its_grammar_or_is_a_usage_error(flag, parse, expected, 
 @bounded
 @given(height=st.integers(0, 999_999_999), width=st.integers(0, 999_999_999))
 def test_a_size_is_read_back(height, width):
-    assert size_from_text(f"{height}x{width}") == (height, width)
-    assert size_from_text(str(width)) == (width, width)
+    assert sizes_from_text(f"{height}x{width}") == ((height, width), None)
+    assert sizes_from_text(str(width)) == ((width, width), None)
+
+
+@bounded
+@given(sides=st.lists(st.integers(1, LARGEST_SIZE), min_size=6, max_size=6))
+def test_a_range_of_sizes_is_read_back_from_its_own_text(sides):
+    heights, widths = sorted(sides[:3]), sorted(sides[3:])
+    smallest, usual, largest = zip(heights, widths, strict=True)
+    made = request(size=usual, size_range=(smallest, largest))
+    assert sizes_from_text(size_text(made)) == (usual, (smallest, largest))
+    assert made.sizes == made.profile == (smallest, usual, largest)
+    fixed = request(size=usual)
+    assert sizes_from_text(size_text(fixed)) == (usual, None)
+    assert (fixed.sizes, fixed.profile) == ((usual,), None)
 
 
 @bounded
@@ -179,6 +210,8 @@ valid_fields = st.fixed_dictionaries(
         "arch": st.none() | st.sampled_from([variant.name for variant in VARIANTS]),
         "mean": st.none() | st.tuples(*[st.floats(-1e3, 1e3)] * 3),
         "std": st.none() | st.tuples(*[positive] * 3),
+        "features": st.sets(st.integers(0, 9)).map(lambda stages: tuple(sorted(stages))),
+        "weights": st.sampled_from([None, *WEIGHTS]),
     },
 )
 INVALID = [
@@ -194,6 +227,9 @@ INVALID = [
     ("trt", st.tuples(st.text(max_size=6).filter(lambda name: name not in PRECISION_NAMES))),
     ("trt", st.sampled_from(PRECISION_NAMES).map(lambda name: (name, name))),
     ("arch", st.text("ABCDseg0123456789", max_size=6).filter(lambda n: n.lower() not in NAMES)),
+    ("features", st.lists(st.integers(0, 9), min_size=2).map(tuple).filter(lambda v: tuple(sorted(set(v))) != v)),
+    ("features", st.tuples(st.integers(max_value=-1), st.integers(0, 9))),
+    ("weights", st.text(max_size=4).filter(lambda name: name not in WEIGHTS)),
 ]
 NAMES = {variant.name.lower() for variant in VARIANTS}
 
@@ -218,6 +254,28 @@ def test_one_value_beyond_its_limits_is_a_usage_error(field, values, data, field
 def test_a_deviation_that_float32_cannot_divide_by_is_a_usage_error(std):
     with pytest.raises(UsageError, match="--std"):
         request(std=std)
+
+
+WRONG_RANGES = {
+    "usual height below the smallest": ((30, 40), ((31, 40), (50, 50))),
+    "usual width below the smallest": ((30, 40), ((30, 41), (50, 50))),
+    "usual height above the largest": ((30, 40), ((10, 10), (29, 50))),
+    "usual width above the largest": ((30, 40), ((10, 10), (50, 39))),
+    "a smallest of nothing": ((30, 40), ((0, 10), (50, 50))),
+    "a largest beyond the limit": ((30, 40), ((10, 10), (50, LARGEST_SIZE + 1))),
+}
+
+
+@pytest.mark.parametrize(("size", "size_range"), WRONG_RANGES.values(), ids=WRONG_RANGES)
+def test_sizes_that_are_in_no_order_or_beyond_the_limits_are_a_usage_error(size, size_range):
+    with pytest.raises(UsageError, match="--size"):
+        request(size=size, size_range=size_range)
+
+
+def test_features_have_no_labels():
+    with pytest.raises(UsageError, match="--labels: needs a classifier's outputs; leave --features out"):
+        request(features=(1,), labels=pathlib.Path("labels.npz"))
+    assert request(labels=pathlib.Path("labels.npz")).labels is not None
 
 
 def test_int8_needs_images():

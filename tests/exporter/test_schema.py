@@ -19,12 +19,21 @@ from engines.parity import GATES, Comparison, Flip
 from engines.sdk import SDKS
 from exporter.architecture import IN_CHANNELS
 from exporter.errors import VerificationFailed
-from exporter.lineages import LINEAGES
 from exporter.lineages.lineage import BRANCH_TENSORS
 from exporter.plain import Certificate
 from exporter.proposals import Proposal
-from exporter.report import AccuracyRow, Check, EngineRecord, FileRecord, LayerRow, LedgerRow, Report
-from exporter.request import PRECISION_NAMES
+from exporter.report import (
+    AccuracyRow,
+    Check,
+    EngineRecord,
+    FileRecord,
+    Headroom,
+    HeadroomRow,
+    LayerRow,
+    LedgerRow,
+    Report,
+)
+from exporter.request import PRECISION_NAMES, WEIGHTS
 from exporter.witness import CLEAR, SUSPICIOUS, UNAVAILABLE, WRONG, BlockAgreement, LayerWitness, Witness
 from tests.conftest import EXAMPLES, ROOT
 from tests.reports import AUDIT, DIGEST, PASSING, REPORT, reports
@@ -52,6 +61,8 @@ DOCUMENTS = {"report": json.loads(REPORT.to_json()), "sidecar": json.loads(MANIF
 OPEN = {("gates",), ("versions",), ("layers", "errors"), ("engines", "kept_in_float32"), ("profile",)}
 OPEN |= {("engines", "audit", "by_dtype"), ("audit", "by_dtype")}
 """Objects whose keys are names of the user's files and packages."""
+OPTIONAL = {"features", "weights"}
+"""Assumptions that are there only where they were made."""
 
 
 def problems(document, schema=SCHEMA):
@@ -113,7 +124,8 @@ def test_every_field_is_described_and_required_and_no_other_is_let_in(schema):
     assert len(found) >= 7
     for node in found:
         assert node["additionalProperties"] is False, node["title"]
-        assert sorted(node["required"]) == sorted(node["properties"]), node["title"]
+        optional = OPTIONAL if node["title"] == "Assumptions" else set()
+        assert set(node["required"]) == set(node["properties"]) - optional, node["title"]
         for name, field in node["properties"].items():
             target = {**schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}), **field}
             assert target["title"], name
@@ -152,6 +164,15 @@ def test_the_report_of_a_run_with_images_labels_and_layers_is_valid(tmp_path):
     written = json.loads((tmp_path / "report.json").read_text())
     assert (report.witness is None, len(report.accuracy), len(report.layers)) == (False, 1, 12)
     assert problems(written) == []
+
+
+def test_the_report_and_sidecar_of_feature_maps_of_any_size_are_valid(tmp_path):
+    exporter.export(EXAMPLES / "fashion.pt", tmp_path, size="24:28:40", features=(1, 2), trt=["fp16"])
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert (written["architecture"]["classes"], written["architecture"]["features"]) == (None, [1, 2])
+    assert written["assumptions"]["size"] == "24x24:28x28:40x40"
+    assert problems(written) == []
+    assert problems(json.loads((tmp_path / "fashion.fp16.engine.json").read_text()), SIDECAR) == []
 
 
 def test_the_report_of_a_rejected_run_is_valid(tmp_path, monkeypatch):
@@ -232,7 +253,6 @@ WRONG_VALUES = {
     "passed as a number": (("checks", 0, "passed"), 1),
     "a hash in capitals": (("checkpoint", "sha256"), DIGEST.upper()),
     "a short hash": (("files", 0, "sha256"), DIGEST[:-1]),
-    "an unknown lineage": (("checkpoint", "lineage"), "torchvision"),
     "an unknown form": (("checkpoint", "form"), "fused"),
     "an unknown precision": (("engines", 0, "precision"), "int4"),
     "a gate of an unknown precision": (("gates", "fp8"), 1e-3),
@@ -279,6 +299,8 @@ DATACLASSES = [
     (Flip, SCHEMA["$defs"]["flip"], set()),
     (LayerRow, SCHEMA["$defs"]["layerRow"], set()),
     (AccuracyRow, SCHEMA["$defs"]["accuracyRow"], set()),
+    (Headroom, SCHEMA["$defs"]["headroom"], set()),
+    (HeadroomRow, SCHEMA["$defs"]["headroomRow"], set()),
     (EngineRecord, SCHEMA["$defs"]["engine"], set()),
     (FileRecord, SCHEMA["$defs"]["file"], set()),
     (Certificate, SCHEMA["$defs"]["certificate"], set()),
@@ -313,10 +335,11 @@ def test_the_closed_choices_are_those_of_the_code():
     assert SIDECAR["properties"]["precision"]["enum"] == list(PRECISION_NAMES)
     assert definitions["engine"]["properties"]["sdk"]["enum"] == [sdk.module for sdk in SDKS]
     assert SIDECAR["properties"]["sdk"]["properties"]["name"]["enum"] == [sdk.module for sdk in SDKS]
-    assert set(definitions["checkpoint"]["properties"]["lineage"]["enum"]) == {lineage.name for lineage in LINEAGES}
     assert definitions["witness"]["properties"]["verdict"]["enum"] == [CLEAR, SUSPICIOUS, WRONG, UNAVAILABLE]
     assert definitions["architecture"]["properties"]["in_channels"]["enum"] == list(IN_CHANNELS)
     assert definitions["certificate"]["properties"]["branches"]["items"]["enum"] == [*BRANCH_TENSORS, "fused"]
+    assert definitions["checkpoint"]["properties"]["weights"]["enum"] == [*WEIGHTS, None]
+    assert definitions["assumptions"]["properties"]["weights"]["enum"] == list(WEIGHTS)
 
 
 @pytest.mark.parametrize(("package", "name"), [("exporter.report", "report"), ("engines", "sidecar")])

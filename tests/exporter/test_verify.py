@@ -54,6 +54,49 @@ def replaced(model, name, change):
     old.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(old).copy())), name))
 
 
+def mean_of_outputs(**attributes):
+    """A mean between every output and what makes it; of all axes but those that are kept, without ``axes``."""
+
+    def change(model):
+        model.graph.ClearField("value_info")
+        for output in model.graph.output:
+            maker = next(node for node in model.graph.node if output.name in node.output)
+            maker.output[0] = f"{output.name}/before"
+            for node in model.graph.node:
+                node.input[:] = [f"{output.name}/before" if name == output.name else name for name in node.input]
+            model.graph.node.append(
+                helper.make_node("ReduceMean", [f"{output.name}/before"], [output.name], **attributes)
+            )
+            if not attributes["keepdims"]:
+                output.type.tensor_type.ClearField("shape")
+                output.type.tensor_type.shape.SetInParent()
+
+    return change
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory):
+    """Two feature maps of fashion.pt."""
+    out = tmp_path_factory.mktemp("mapped") / "out"
+    exporter.export(CHECKPOINT, out, size=28, features=(1, 2))
+    return out / "fashion.onnx"
+
+
+@pytest.fixture(params=["scores", "maps"])
+def spoilt(request, copy, exported, mapped, tmp_path):
+    """``spoilt(change)``: an ONNX file and the same one changed; of one output, and of two."""
+
+    def make(change):
+        if request.param == "scores":
+            return exported / "fashion.onnx", copy("fashion.onnx", change)
+        model = onnx.load(mapped)
+        change(model)
+        onnx.save(model, tmp_path / "maps.onnx")
+        return mapped, tmp_path / "maps.onnx"
+
+    return make
+
+
 # --- equal
 
 
@@ -181,12 +224,109 @@ def test_the_checkpoint_of_another_network_is_not_what_the_file_was_made_from(ex
         verdict_of(other, exported / "fashion.onnx")
 
 
+def assert_one_line(capsys, code, *words):
+    captured = capsys.readouterr()
+    assert code == 1
+    assert len(captured.err.splitlines()) == 1
+    assert captured.err.startswith("error: ")
+    assert any(word in captured.err for word in words), captured.err
+
+
+def test_a_candidate_that_loses_rows_is_one_line(spoilt, capsys):
+    right, wrong = spoilt(mean_of_outputs(axes=[0], keepdims=1))
+    words = ("a batch of 3 came back as 1 rows", "outputs of 1, 3 rows")
+    assert_one_line(capsys, main([str(right), str(wrong)]), *words)
+
+
+def test_a_reference_that_loses_rows_is_one_line(spoilt, capsys):
+    right, wrong = spoilt(mean_of_outputs(axes=[0], keepdims=1))
+    assert_one_line(capsys, main([str(wrong), str(right)]), "rows")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["as the reference", "as the candidate"])
+def test_an_output_without_rows_is_one_line(first, spoilt, capsys):
+    right, wrong = spoilt(mean_of_outputs(keepdims=0))
+    files = [wrong, right] if first else [right, wrong]
+    assert_one_line(capsys, main([str(path) for path in files]), "row")
+
+
+# --- outputs
+
+
+def test_feature_maps_agree_with_their_checkpoint_without_any_flag(mapped):
+    verdict = verdict_of(CHECKPOINT, mapped)
+    assert verdict.passed
+    assert verdict.assumptions["features"] == "1,2"
+    assert "top-1" not in verdict.line
+
+
+def test_feature_maps_and_scores_are_not_the_same_network(mapped, exported, capsys):
+    with pytest.raises(
+        VerificationFailed, match=r"has the outputs stage1, stage2, .* has output: not the same network"
+    ):
+        verdict_of(mapped, exported / "fashion.onnx")
+    told = Request(path=CHECKPOINT, out=exported, features=(1, 3))
+    assert not verdict_of(CHECKPOINT, mapped, told=told).passed
+
+
+def test_outputs_of_other_names_are_compared_in_their_places(mapped, tmp_path):
+    model = onnx.load(mapped)
+    table = {"stage1": "c2", "stage2": "c3"}
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [table.get(name, name) for name in names]
+    for output in model.graph.output:
+        output.name = table[output.name]
+    onnx.save(model, tmp_path / "other.onnx")
+    assert verdict_of(mapped, tmp_path / "other.onnx").passed
+    outputs = list(model.graph.output)[::-1]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    onnx.save(model, tmp_path / "turned.onnx")
+    assert not verdict_of(mapped, tmp_path / "turned.onnx").passed
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2"])
+def test_one_feature_map_that_is_another_fails(name, mapped, tmp_path):
+    model = onnx.load(mapped)
+    weights = [t.name for t in model.graph.initializer if t.name.startswith(f"{name}.") and t.name.endswith(".weight")]
+    replaced(model, max(weights), lambda w: w * np.float32(1.001))
+    onnx.save(model, tmp_path / "other.onnx")
+    verdict = verdict_of(mapped, tmp_path / "other.onnx")
+    assert not verdict.passed
+    assert verdict.checks[0].value > 1e-4
+
+
 def test_a_wrong_number_of_strides_in_the_metadata_is_one_line(copy):
     def lie(model):
         for entry in model.metadata_props:
             entry.value = entry.value.replace("2,2,2,2,2", "2,2,2,2")
 
-    with pytest.raises(InputRejected, match="the assumptions in the file's metadata make no sense: --strides"):
+    with pytest.raises(
+        VerificationFailed, match="not what the other file was made from: --strides: 4 numbers for 5 stages"
+    ):
+        verdict_of(CHECKPOINT, copy("fashion.onnx", lie))
+
+
+@pytest.mark.parametrize("strides", ["2,2,x,2,2", "", "2;2;2;2;2", "two", "2,2,2,2,3"])
+def test_strides_in_the_metadata_that_are_no_strides_make_no_sense(strides, copy):
+    def lie(model):
+        for entry in model.metadata_props:
+            entry.value = entry.value.replace("2,2,2,2,2", strides)
+
+    with pytest.raises(InputRejected, match=r"the assumptions in the file's metadata make no sense: .*strides"):
+        verdict_of(CHECKPOINT, copy("fashion.onnx", lie))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weights", "mean"), ("features", "2,1"), ("features", "x"), ("size", "28:30")]
+)
+def test_other_assumptions_in_the_metadata_that_nobody_can_make_make_no_sense(name, value, copy):
+    def lie(model):
+        entry = next(entry for entry in model.metadata_props if entry.key == "assumptions")
+        entry.value = json.dumps({**json.loads(entry.value), name: value})
+
+    with pytest.raises(InputRejected, match=rf"the assumptions in the file's metadata make no sense: .*{name}"):
         verdict_of(CHECKPOINT, copy("fashion.onnx", lie))
 
 

@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 from benchmarks import witness_table
-from exporter.architecture import architecture_from_tensors
-from exporter.lineages import canonical_from_raw, lineage_from_names
 from exporter.witness import (
     CLEAR,
     SUSPICIOUS,
@@ -25,17 +23,15 @@ from exporter.witness import (
     witness_from_images,
 )
 from tests.conftest import EXAMPLES
+from tests.families import Network
+from tests.family_names import APPLE, QAREPVGG, QAREPVGG_V1
+from tests.family_names import Shape as FamilyShape
+from tests.family_states import without
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape, deployed_state
 
 IDENTITY, DENSE, POINTWISE = "rbr_identity", "rbr_dense.bn", "rbr_1x1.bn"
 BRANCHES = {IDENTITY: "identity", DENSE: "dense", POINTWISE: "pointwise"}
-
-
-def network_from(state, strides=None, eps=None):
-    lineage = lineage_from_names(list(state), "test")
-    tensors, unexpected = canonical_from_raw(state, lineage)
-    found = architecture_from_tensors(tensors, lineage, unexpected=unexpected, where="test", strides=strides, eps=eps)
-    return found, tensors
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def fashion_state():
 
 @pytest.fixture(scope="module")
 def fashion(fashion_state):
-    return network_from(fashion_state)
+    return network_from_state(fashion_state)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,7 @@ def test_every_figure_is_that_of_its_definition(shape):
     images = colour_images(9)[:, : shape.in_channels]
     expected = figures_by_hand(model, images, shape.eps)
     count, layers = layers_from_images(
-        *network_from(model.float().state_dict(), eps=shape.eps), [images[:4], images[4:]]
+        *network_from_state(model.float().state_dict(), eps=shape.eps), [images[:4], images[4:]]
     )
     assert count == 9
     assert {layer.layer for layer in layers} == expected.keys()
@@ -219,20 +215,22 @@ def test_images_of_another_size_are_wrong(fashion, pixels, factor):
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_wrong_stride_is_wrong_and_departs_in_its_stage_or_just_after(fashion_state, pixels, stage):
     strides = tuple(1 if index == stage else 2 for index in range(5))
-    witness = witness_from_images(*network_from(fashion_state, strides), [normalised(pixels[:128])])
+    witness = witness_from_images(*network_from_state(fashion_state, strides), [normalised(pixels[:128])])
     assert witness.verdict == WRONG
     assert int(witness.first_departure.removeprefix("stage")[0]) in (stage, stage + 1)
 
 
 def test_another_epsilon_of_the_usual_ones_is_not_seen(fashion_state, pixels):
     """As the module's docstring says. ``--expect`` sees it."""
-    assert witness_from_images(*network_from(fashion_state, eps=1e-6), [normalised(pixels[:128])]).verdict == CLEAR
+    assert (
+        witness_from_images(*network_from_state(fashion_state, eps=1e-6), [normalised(pixels[:128])]).verdict == CLEAR
+    )
 
 
 def test_the_order_of_colours_is_suspicious_and_the_right_one_clear():
     shape = Shape(se=True, even_groups=2)
     images = colour_images(128)
-    network = network_from(taught(shape, images).state_dict())
+    network = network_from_state(taught(shape, images).state_dict())
     fresh = colour_images(128, seed=1)
     assert witness_from_images(*network, [fresh]).verdict == CLEAR
     reversed_colours = witness_from_images(*network, [np.ascontiguousarray(fresh[:, ::-1])])
@@ -263,7 +261,7 @@ def test_without_images_only_the_branches_are_held_against_each_other(fashion):
 
 def test_a_deployed_file_has_no_witness(pixels):
     model = NaiveRepVGG(Shape(in_channels=1))
-    witness = witness_from_images(*network_from(deployed_state(model)), [normalised(pixels[:32])])
+    witness = witness_from_images(*network_from_state(deployed_state(model)), [normalised(pixels[:32])])
     assert (witness.verdict, witness.layers) == (UNAVAILABLE, ())
     assert "no batch norm is left" in witness.line
 
@@ -273,9 +271,9 @@ def test_fused_blocks_of_a_partly_deployed_file_compute_and_say_nothing():
     model = taught(Shape(), images)
     fused = deployed_state(model)
     state = {name: tensor for name, tensor in model.float().state_dict().items() if not name.startswith("stage1.0.")}
-    partly = network_from({**state, **{name: fused[name] for name in fused if name.startswith("stage1.0.")}})
+    partly = network_from_state({**state, **{name: fused[name] for name in fused if name.startswith("stage1.0.")}})
     assert partly[0].form == "partly deployed"
-    whole = witness_from_images(*network_from(model.state_dict()), [images])
+    whole = witness_from_images(*network_from_state(model.state_dict()), [images])
     found = witness_from_images(*partly, [images])
     assert found.verdict == CLEAR
     others = [layer for layer in whole.layers if not layer.layer.startswith("stage1.0.")]
@@ -288,7 +286,7 @@ def test_fused_blocks_of_a_partly_deployed_file_compute_and_say_nothing():
 
 
 def test_the_branches_of_a_taught_network_agree():
-    architecture, tensors = network_from(taught(Shape(even_groups=2), colour_images()).state_dict())
+    architecture, tensors = network_from_state(taught(Shape(even_groups=2), colour_images()).state_dict())
     agreements = agreements_from_tensors(architecture, tensors)
     assert [one.block for one in agreements] == ["stage1.1", "stage2.1"]
     assert max(one.disagreement for one in agreements) < 1e-4
@@ -314,6 +312,119 @@ def test_branches_that_saw_different_inputs_are_seen_without_images(fashion, fau
     witness = witness_from_images(architecture, tensors, [])
     assert (witness.verdict, witness.first_departure) == (WRONG, "stage1.2")
     assert "the branches of stage1.2 contradict each other" in witness.line
+
+
+# Batch norms behind a sum of branches, and several 1x1 branches
+
+
+def without_identity(block):
+    branches = tuple(branch for branch in block.branches if branch != "bare_identity")
+    return dataclasses.replace(block, branches=branches)
+
+
+def with_block(architecture, name, change):
+    blocks = tuple(change(block) if block.name == name else block for block in architecture.blocks)
+    assert blocks != architecture.blocks
+    return dataclasses.replace(architecture, blocks=blocks)
+
+
+@pytest.fixture(scope="module")
+def qarepvgg():
+    """A small QARepVGG of which stages 1 and 2 keep the size, with the statistics of its images."""
+    images = colour_images(128)
+    shape = FamilyShape(depths=(1, 2, 3, 2, 1), strides=(2, 1, 2, 2, 2))
+    network = Network(QAREPVGG, shape, seen=torch.from_numpy(images))
+    return network_from_state(network.state, strides=shape.strides), images
+
+
+@pytest.mark.parametrize("family", [QAREPVGG, QAREPVGG_V1], ids=["V2", "V1"])
+def test_a_batch_norm_behind_the_sum_is_asked_and_knows_its_images(family):
+    images = colour_images(128)
+    network = Network(family, FamilyShape(), seen=torch.from_numpy(images))
+    witness = witness_from_images(*network_from_state(network.state), [images])
+    assert witness.verdict == CLEAR, witness.line
+    asked = [layer.layer for layer in witness.layers]
+    dense = [name for name in asked if name.endswith(".dense")]
+    assert len(dense) == len(network.blocks)
+    assert [name for name in asked if name.endswith(".post")] == [name.replace(".dense", ".post") for name in dense]
+    assert max(layer.drift for layer in witness.layers) < 1e-4
+
+
+def test_the_figures_of_a_batch_norm_behind_the_sum_are_those_of_its_definition(qarepvgg):
+    (architecture, tensors), images = qarepvgg
+    off = {**tensors, "stage1.0.post.bn.running_mean": tensors["stage1.0.post.bn.running_mean"] + 0.1}
+    _, layers = layers_from_images(architecture, off, [images])
+    (layer,) = [layer for layer in layers if layer.layer == "stage1.0.post"]
+    deviation = (tensors["stage1.0.post.bn.running_var"].double() + architecture.bn_eps).sqrt()
+    assert layer.drift == pytest.approx(float((0.1 / deviation).mean()), rel=1e-3)
+    assert layer.spread < 1e-3
+
+
+@pytest.mark.parametrize("block", ["stage1.0", "stage1.1", "stage2.1", "stage2.2", "stage3.1"])
+def test_an_identity_without_tensors_that_is_assumed_absent_departs_behind_its_own_sum(qarepvgg, block):
+    (architecture, tensors), images = qarepvgg
+    assert witness_from_images(architecture, tensors, [images]).verdict == CLEAR
+    witness = witness_from_images(with_block(architecture, block, without_identity), tensors, [images])
+    assert (witness.verdict, witness.first_departure) == (WRONG, f"{block}.post")
+
+
+def test_an_identity_that_was_never_there_is_seen():
+    """The network was trained with stride 2, where its block keeps the channels; stride 1 brings an identity along."""
+    images = colour_images(128)
+    network = Network(QAREPVGG, FamilyShape(), seen=torch.from_numpy(images))
+    right = network_from_state(network.state)
+    assert [b.name for b in right[0].blocks if "bare_identity" in b.branches] == ["stage1.1", "stage2.1", "stage3.1"]
+    assert witness_from_images(*right, [images]).verdict == CLEAR
+    wrong = network_from_state(network.state, strides=(2, 1, 2, 2, 2))
+    assert "bare_identity" in wrong[0].blocks[1].branches
+    witness = witness_from_images(*wrong, [images])
+    assert (witness.verdict, witness.first_departure.rpartition(".")[0]) == (WRONG, "stage1.0")
+
+
+def test_without_the_batch_norm_behind_the_sum_nothing_tells_of_the_identity_there(qarepvgg):
+    """What makes "post" worth asking: the block's other batch norm sees the same input either way."""
+    (architecture, tensors), images = qarepvgg
+    wrong = with_block(architecture, "stage3.1", without_identity)
+    _, layers = layers_from_images(wrong, tensors, [images])
+    (dense,) = [layer for layer in layers if layer.layer == "stage3.1.dense"]
+    (post,) = [layer for layer in layers if layer.layer == "stage3.1.post"]
+    assert dense.drift < 1e-3 < 0.1 < post.drift
+
+
+@pytest.fixture(scope="module")
+def mobileone():
+    """Its stage 4 keeps its channels, so that pointwise blocks of two branches have an identity, too."""
+    images = torch.from_numpy(colour_images(64))
+    shape = FamilyShape(depths=(1, 2, 2, 2, 2), convs=2)
+    return network_from_state(Network(APPLE, shape, seen=images).state)
+
+
+def test_every_1x1_branch_agrees_with_its_identity(mobileone):
+    architecture, tensors = mobileone
+    expected = []
+    for block in architecture.blocks:
+        if "identity" in block.branches:
+            expected += [block.name] * (2 if block.kernel == 1 else 1)
+    agreements = agreements_from_tensors(architecture, tensors)
+    assert [one.block for one in agreements] == expected
+    assert {block.kernel for block in architecture.blocks if block.name in expected} == {1, 3}
+    assert max(one.disagreement for one in agreements) < 1e-4
+
+
+@pytest.mark.parametrize("branch", ["dense", "dense1"])
+@pytest.mark.parametrize("part", ["weight", "bn.running_mean"])
+def test_a_1x1_branch_that_saw_another_input_is_seen_without_images(mobileone, branch, part):
+    architecture, tensors = mobileone
+    block = next(b.name for b in architecture.blocks if b.kernel == 1 and "identity" in b.branches)
+    wrong = {**tensors, f"{block}.{branch}.{part}": tensors[f"{block}.{branch}.{part}"].flip(0)}
+    witness = witness_from_images(architecture, wrong, [])
+    assert (witness.verdict, witness.first_departure) == (WRONG, block)
+    assert f"the branches of {block} contradict each other" in witness.line
+
+
+def test_a_network_without_identities_has_nothing_to_hold_against_each_other():
+    state = without(Network(APPLE, FamilyShape(convs=2)).state, "rbr_skip.")
+    assert agreements_from_tensors(*network_from_state(state)) == ()
 
 
 # What goes into the report

@@ -30,10 +30,11 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def pytest_generate_tests(metafunc):
-    if "engine" in metafunc.fixturenames:
-        installed = [sdk.module for sdk in SDKS if is_installed(sdk)] or ["no SDK"]
-        cases = [(sdk, precision) for sdk in installed for precision in PRECISIONS]
-        metafunc.parametrize("engine", cases, indirect=True, ids="-".join)
+    for name in ("engine", "maps"):
+        if name in metafunc.fixturenames:
+            installed = [sdk.module for sdk in SDKS if is_installed(sdk)] or ["no SDK"]
+            cases = [(sdk, precision) for sdk in installed for precision in PRECISIONS]
+            metafunc.parametrize(name, cases, indirect=True, ids="-".join)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,16 @@ class Exported:
 @pytest.fixture(scope="session")
 def engine(request, tmp_path_factory):
     """The shipped network, exported and compiled for the GPU that is here; None where there is none."""
-    sdk, precision = request.param
+    return _exported(*request.param, tmp_path_factory, size=28)
+
+
+@pytest.fixture(scope="session")
+def maps(request, tmp_path_factory):
+    """The same network's feature maps, for images of 20x20 to 40x36."""
+    return _exported(*request.param, tmp_path_factory, size="20:28:40x36", features=(1, 2, 4))
+
+
+def _exported(sdk, precision, tmp_path_factory, **options):
     capability = gpu_compute_capability()
     if capability is None:
         return None  # the test says so itself
@@ -59,10 +69,10 @@ def engine(request, tmp_path_factory):
         EXAMPLES / "fashion.pt",
         out,
         trt=(precision,),
-        size=28,
         batch=(2, 8, 16),
         calibration=EXAMPLES / "fashion_calibration.npz",
         sdk=sdk,
         gpu=(capability,),
+        **options,
     )
     return Exported(out / f"fashion.{precision}.engine", precision)

@@ -7,7 +7,9 @@ import pytest
 
 import engines
 from engines.cuda import checked, cuda_runtime
+from engines.errors import UsageError
 from engines.golden import golden_from_file
+from engines.outputs import layout_from_outputs
 from engines.parity import GATES, compare
 
 LARGEST_LEFT = 8 << 20  # bytes: what the driver keeps of a first use
@@ -102,3 +104,43 @@ def test_a_second_load_reads_the_cache_that_the_first_one_wrote(engine):
     assert len(caches) == (1 if "tensorrt_rtx" in engine.path.parent.name else 0)
     with engines.load(engine.path) as runner:
         np.testing.assert_array_equal(runner.run({"input": noise(4)})["output"], first)
+
+
+# --- feature maps, of images of any size
+
+SIZES = ((20, 20), (28, 28), (40, 36), (33, 21), (28, 28))
+
+
+def assert_same_maps(maps, expected, found):
+    """Feature maps by name, each held against its own largest value."""
+    layout = layout_from_outputs({name: array.astype(np.float64) for name, array in expected.items()})
+    assert {name: array.shape for name, array in found.items()} == {name: a.shape for name, a in expected.items()}
+    comparison = compare(layout.joined(expected), layout.joined(found))
+    assert layout.gate(GATES[maps.precision]).failure(comparison) is None
+
+
+def test_the_golden_vectors_of_feature_maps_are_answered(maps):
+    golden = golden_of(maps)
+    gate = golden.layout.gate(GATES[maps.precision])
+    with engines.load(maps.path) as runner:
+        for _ in range(3):
+            found = golden.joined(runner.run({"input": golden.images}))
+            assert gate.failure(compare(golden.outputs, found)) is None
+        assert gate.failure(compare(golden.outputs, found[::-1])) is not None
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_images_of_every_size_and_batch_give_the_maps_of_onnx_runtime(maps, graph):
+    with engines.load(maps.path, graph=graph) as runner, engines.load(maps.path.with_suffix(".onnx")) as onnx:
+        for seed, size in enumerate(SIZES):
+            for rows in (1, 2, 16, 19):
+                images = noise(rows, (1, *size), seed)
+                assert_same_maps(maps, onnx.run({"input": images}), runner.run({"input": images}))
+
+
+@pytest.mark.parametrize("size", [(19, 20), (20, 19), (41, 36), (40, 37)])
+def test_a_size_outside_of_the_profile_is_refused(maps, size):
+    with engines.load(maps.path) as runner:
+        with pytest.raises(UsageError, match="is outside of the engine's profile, 1x20x20 to 1x40x36"):
+            runner.run({"input": noise(4, (1, *size))})
+        assert set(runner.run({"input": noise(4)})) == {"stage1", "stage2", "stage4"}

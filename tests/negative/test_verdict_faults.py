@@ -28,11 +28,14 @@ from exporter.checkpoint import checkpoint_from_path
 from exporter.errors import ReportedError, VerificationFailed
 from exporter.report import markdown_from_report
 from exporter.report.markdown import escaped
-from exporter.repvgg import repvgg_from_checkpoint
+from exporter.repvgg import network_from_checkpoint
 from exporter.request import Request
 from exporter.verify import main as verify
 from exporter.verify import verdict_of
 from exporter.witness import CLEAR, SUSPICIOUS, WRONG, witness_from_images
+from tests.families import Network
+from tests.family_names import APPLE, OFFICIAL, PLUS, QAREPVGG
+from tests.family_names import Shape as FamilyShape
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 from tests.reports import REPORT
 
@@ -111,9 +114,19 @@ def plant_simplified(monkeypatch, change):
 
 
 def plant_session(monkeypatch, change):
-    """``change`` gets the outputs of every batch that ONNX Runtime computes."""
+    """``change`` gets each output of every batch that ONNX Runtime computes."""
     right = onnxruntime_cpu.Session.run
-    monkeypatch.setattr(onnxruntime_cpu.Session, "run", lambda self, batch: change(right(self, batch)))
+
+    def wrong(self, batch):
+        return {name: change(output) for name, output in right(self, batch).items()}
+
+    monkeypatch.setattr(onnxruntime_cpu.Session, "run", wrong)
+
+
+def plant_outputs(monkeypatch, change):
+    """``change`` gets the images and the outputs by name of every batch that ONNX Runtime computes."""
+    right = onnxruntime_cpu.Session.run
+    monkeypatch.setattr(onnxruntime_cpu.Session, "run", lambda self, batch: change((batch, right(self, batch)))[1])
 
 
 def plant_rewrite(monkeypatch, change):
@@ -170,6 +183,49 @@ def stale(fusion):
     return block, {**own, "dense.bn.running_mean": own["dense.bn.running_mean"] * 0.9}, eps
 
 
+def without_tensors(start):
+    return lambda fusion: (
+        fusion[0],
+        {name: t for name, t in fusion[1].items() if not name.startswith(start)},
+        fusion[2],
+    )
+
+
+def without_branch(branch):
+    def change(fusion):
+        block, *others = fusion
+        return dataclasses.replace(block, branches=tuple(one for one in block.branches if one != branch)), *others
+
+    return change
+
+
+def with_se_on_the_other_side(architecture):
+    blocks = [dataclasses.replace(b, se_after_activation=not b.se_after_activation) for b in architecture.blocks]
+    return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+
+def with_a_wider_padding(model):
+    node = next(node for node in model.graph.node if node.name == "stage4.1/Conv")
+    next(attribute for attribute in node.attribute if attribute.name == "pads").ints[:] = [1] * 4
+    return model
+
+
+def with_one_output(name, change):
+    return lambda run: (run[0], {**run[1], name: change(run[1][name])})
+
+
+def exchanged(run):
+    return run[0], {"stage1": run[1]["stage2"], "stage2": run[1]["stage1"]}
+
+
+def wrong_at(size):
+    def change(run):
+        batch, outputs = run
+        return batch, {name: value * (1.001 if batch.shape[2] == size else 1) for name, value in outputs.items()}
+
+    return change
+
+
 def loud_checkpoint(folder):
     """A network whose first block is a million times too loud and whose next one makes up for it."""
     state = contiguous_float(NaiveRepVGG(Shape()).state_dict())
@@ -220,6 +276,38 @@ TYPED_FAULTS = {
 }
 
 
+SE_BEFORE = (OFFICIAL, FamilyShape(se=3))
+SE_AFTER = (PLUS, FamilyShape(se=3))
+MOBILE = (APPLE, FamilyShape(convs=2))
+QA = (QAREPVGG, FamilyShape())
+ALIKE = (OFFICIAL, FamilyShape(widths=(8, 8, 8, 16, 20), strides=(2, 2, 1, 2, 2)))
+MAPS = ["--features", "1,2", "--strides", "2,2,1,2,2"]
+RANGE = ["--size", "16:20:24"]
+FAMILY_FAULTS = {
+    "SE behind the ReLU": (SE_BEFORE, [], plant_structure, with_se_on_the_other_side, [FP32_GRAPH, FP32]),
+    "SE before the ReLU": (SE_AFTER, [], plant_structure, with_se_on_the_other_side, [FP32_GRAPH, FP32]),
+    "a lost batch norm behind the sum": (QA, [], plant_fusion, without_tensors("post."), [BLOCKS, NETWORK, FP32]),
+    "a lost identity without tensors": (QA, [], plant_fusion, without_branch("bare_identity"), [BLOCKS, NETWORK, FP32]),
+    "a lost branch of several": (MOBILE, [], plant_fusion, without_branch("dense1"), [BLOCKS, NETWORK, FP32]),
+    "padding around a 1x1 kernel": (MOBILE, [], plant_simplified, with_a_wider_padding, [FP32_GRAPH, FP32]),
+    "two feature maps exchanged": (ALIKE, MAPS, plant_outputs, exchanged, [FP32]),
+    "one feature map of another scale": (
+        ALIKE, MAPS, plant_outputs, with_one_output("stage1", lambda y: y * np.float32(1.001)), [FP32],
+    ),
+    "one feature map whose rows are mixed up": (
+        ALIKE, MAPS, plant_outputs, with_one_output("stage2", lambda y: y[::-1]), [FP32],
+    ),
+    "a NaN in one feature map": (ALIKE, MAPS, plant_outputs, with_one_output("stage2", lambda y: y * np.nan), [FP32]),
+    "the smallest size": (SE_BEFORE, RANGE, plant_outputs, wrong_at(16), [f"{FP32} at 16x16"]),
+    "the largest size": (SE_AFTER, RANGE, plant_outputs, wrong_at(24), [f"{FP32} at 24x24"]),
+    "the usual size": (QA, RANGE, plant_outputs, wrong_at(20), [FP32]),
+}  # fmt: skip
+FAMILY_TWINS = {
+    (plant, network[0].name, tuple(said)): (network, said, plant)
+    for network, said, plant, _, _ in FAMILY_FAULTS.values()
+}
+
+
 class _Cloned(np.ndarray):
     def clone(self):
         return self.copy()
@@ -266,6 +354,31 @@ def test_an_export_passes_with_nothing_planted_there(plant, checkpoint, stages_t
     assert stages_that_fail() == []
 
 
+def save_network(network, folder):
+    family, shape = network
+    torch.save(Network(family, shape).state, folder / "model.pt")
+
+
+@pytest.mark.parametrize(("network", "said", "plant", "change", "stages"), FAMILY_FAULTS.values(), ids=FAMILY_FAULTS)
+def test_a_fault_in_an_export_of_another_family_output_or_size_fails_where_it_is(
+    network, said, plant, change, stages, tmp_path, stages_that_fail, monkeypatch
+):
+    save_network(network, tmp_path)
+    plant(monkeypatch, change)
+    assert stages_that_fail(*said) == stages
+
+
+@pytest.mark.parametrize(
+    ("network", "said", "plant"), FAMILY_TWINS.values(), ids=[f"{p.__name__}-{name}" for p, name, _ in FAMILY_TWINS]
+)
+def test_an_export_of_another_family_passes_with_nothing_planted_there(
+    network, said, plant, tmp_path, stages_that_fail, monkeypatch
+):
+    save_network(network, tmp_path)
+    plant(monkeypatch, unchanged)
+    assert stages_that_fail(*said) == []
+
+
 @pytest.mark.parametrize(("plant", "change", "stages"), TYPED_FAULTS.values(), ids=TYPED_FAULTS)
 def test_a_fault_in_half_precision_fails_where_it_is(
     plant, change, stages, tmp_path, exported, stages_that_fail, monkeypatch
@@ -304,12 +417,13 @@ def test_a_truncated_engine_is_refused_and_nothing_is_left(checkpoint, command, 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Exports of three checkpoints: model, one with other weights, and one of an earlier epoch."""
+    """Exports of three checkpoints: model, the averaged weights of a file that holds raw ones, too; one with the raw
+    weights; and one of an earlier epoch."""
     folder = tmp_path_factory.mktemp("exported")
     state = contiguous_float(NaiveRepVGG(Shape()).state_dict())
     earlier = {name: t * 0.9 if name.endswith("running_mean") else t for name, t in state.items()}
     other = contiguous_float(NaiveRepVGG(Shape(), seed=9).state_dict())
-    torch.save({"state_dict": state, "state_dict_ema": other}, folder / "model.pt")
+    torch.save({"state_dict": other, "state_dict_ema": state}, folder / "model.pt")
     torch.save(earlier, folder / "earlier.pt")
     torch.save(other, folder / "other.pt")
     for name in ("model", "earlier", "other"):
@@ -409,7 +523,7 @@ FILE_FAULTS = {
     "a ReLU replaced": (node_changed("stage2.0/Relu", with_operation("Sigmoid")), BEYOND),
     "a ReLU taken away": (node_changed("stage2.0/Relu", with_operation("Identity")), BEYOND),
     "weights of an earlier epoch, with stale statistics": (another_file("earlier"), BEYOND),
-    "the EMA twin's weights": (another_file("other"), BEYOND),
+    "the raw twin's weights": (another_file("other"), BEYOND),
     "a NaN in one weight": (weight_changed(CONV, nan_in), rf"weight {CONV}: NaN or infinite"),
     "an infinite weight": (weight_changed(HEAD, infinite_in), rf"weight {HEAD}: NaN or infinite"),
     "a foreign operation": (
@@ -464,6 +578,7 @@ def test_the_onnx_file_passes_with_nothing_planted(make, compared):
 TOLD = {
     "another epsilon": (["--eps", "1e-3"], r"relative error \S+ exceeds 5.0e-06"),
     "other strides": (["--strides", "2,2,2,2,1"], r"relative error \S+ exceeds 5.0e-06"),
+    "the other twin's weights": (["--weights", "raw"], r"relative error \S+ exceeds 5.0e-06"),
 }
 
 
@@ -475,7 +590,9 @@ def test_another_assumption_than_the_files_fails(arguments, expected, compared):
 
 
 def test_the_assumptions_that_the_file_was_made_under_pass(compared):
-    assert compared(another_file("model"), "--eps", "1e-5", "--strides", "2,2,2,2,2")[0] == 0
+    told = ["--eps", "1e-5", "--strides", "2,2,2,2,2", "--weights", "ema"]
+    assert compared(another_file("model"), *told)[0] == 0
+    assert compared(another_file("other"), "--weights", "raw")[0] == 0
 
 
 def half_edited(change):
@@ -678,8 +795,8 @@ SAID_FAULTS = {
 
 def witness_of(path, images, **said):
     request = Request(path=path, out=path.parent, size=(SIZE, SIZE), **said)
-    architecture, tensors = repvgg_from_checkpoint(checkpoint_from_path(path), request)
-    return witness_from_images(architecture, tensors, [np.ascontiguousarray(images)])
+    network = network_from_checkpoint(checkpoint_from_path(path), request)
+    return witness_from_images(network.architecture, network.tensors, [np.ascontiguousarray(images)])
 
 
 @pytest.mark.parametrize(("said", "prepare"), SAID_FAULTS.values(), ids=SAID_FAULTS)
