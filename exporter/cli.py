@@ -121,7 +121,9 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
         "--mean", metavar="M[,M,M]", help="normalisation in units of 0..1 (default: ImageNet's; 0.5 for one channel)"
     )
     told.add_argument("--std", metavar="S[,S,S]", help="as --mean")
-    told.add_argument("--arch", metavar="NAME", help="a published variant (A0 ... B3g4, D2se) that it must be")
+    told.add_argument(
+        "--arch", metavar="NAME", help="a published network that it must be, as in A0, D2se, MobileOne-S0"
+    )
     told.add_argument("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors that may go unused")
 
 

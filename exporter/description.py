@@ -28,6 +28,7 @@ class Subject:
     weights: str | None
     architecture: Architecture
     normalise: Normalisation
+    prefix: str
     dropped: dict[str, str]
     note: str | None
 
@@ -72,6 +73,7 @@ class Subject:
         """The first lines of a run: what the checkpoint is, and every assumption with its way out."""
         architecture, request = self.architecture, self.request
         container = f" under {self.container}" if self.container else ""
+        container += f" with the prefix {self.prefix}" if self.prefix else ""
         unused = f"; beside it, unused: {listed(list(self.others))}" if self.others else ""
         eps_source = "--eps" if request.eps is not None else f"{architecture.lineage} code; --eps"
         values = self.assumptions

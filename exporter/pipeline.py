@@ -225,6 +225,7 @@ def subject_from(request: Request, checkpoint: Checkpoint, network: Network) -> 
         checkpoint.weights,
         network.architecture,
         normalise,
+        network.prefix,
         network.dropped,
         network.lineage.note,
     )

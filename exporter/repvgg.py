@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exporter.architecture import Architecture, with_features
 from exporter.checkpoint import Checkpoint, checkpoint_from_path
-from exporter.lineages import Lineage, canonical_from_raw, lineage_from_tensors
+from exporter.lineages import Lineage, canonical_from_raw, common_prefix, lineage_from_tensors
 from exporter.model import outputs_of_network
 from exporter.plain import relative_error
 from exporter.recognition import architecture_from_tensors, check_variant
@@ -22,13 +22,14 @@ from exporter.variants import variant_from_name
 class Network:
     """``tensors`` by canonical name, of exactly the blocks and head that ``architecture`` has.
 
-    ``dropped`` maps the names of tensors that are left out to what they are.
+    ``dropped`` maps the names of tensors that are left out to what they are; ``prefix`` stood before every name.
     """
 
     architecture: Architecture
     tensors: dict[str, Tensor]
     lineage: Lineage
     dropped: dict[str, str]
+    prefix: str
 
 
 def network_from_checkpoint(checkpoint: Checkpoint, request: Request) -> Network:
@@ -39,8 +40,10 @@ def network_from_checkpoint(checkpoint: Checkpoint, request: Request) -> Network
         UsageError: ``--features`` names a stage that the network does not have.
     """
     where = request.path.name
-    lineage = lineage_from_tensors(checkpoint.tensors, where)
-    canonical = canonical_from_raw(checkpoint.tensors, lineage, request.ignore_keys, where)
+    prefix = common_prefix(list(checkpoint.tensors))
+    named = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
+    lineage = lineage_from_tensors(named, where)
+    canonical = canonical_from_raw(named, lineage, request.ignore_keys, where)
     tensors, dropped = canonical.tensors, canonical.dropped
     architecture = architecture_from_tensors(
         tensors, lineage, unexpected=canonical.unexpected, where=where, strides=request.strides, eps=request.eps
@@ -53,7 +56,7 @@ def network_from_checkpoint(checkpoint: Checkpoint, request: Request) -> Network
         left = {name for name in tensors if not _is_of(name, parts)}
         dropped = dropped | {lineage.foreign(name): "behind the features that are exported" for name in left}
         tensors = {name: tensor for name, tensor in tensors.items() if name not in left}
-    return Network(architecture, tensors, lineage, dropped)
+    return Network(architecture, tensors, lineage, dropped, prefix)
 
 
 def training_time_loss(request: Request, architecture: Architecture, reference: Reference) -> float:

@@ -141,6 +141,11 @@ def extras(network: Network) -> State:
     return reid_heads(network) if network.family is FAST_REID else {}
 
 
+def whole(network: Network) -> State:
+    """The training form with everything that the family's training keeps beside it."""
+    return network.state | extras(network)
+
+
 def reid_heads(network: Network) -> State:
     """fast-reid's embedding head: a batch norm as the neck, and the identities' weights."""
     generator = torch.Generator().manual_seed(96)

@@ -13,14 +13,14 @@ from exporter.lineages.fastreid import FASTREID
 from exporter.lineages.lineage import COUNTER, Lineage
 from exporter.lineages.mmpretrain import MMPRETRAIN
 from exporter.lineages.mobileone import MOBILEONE
-from exporter.lineages.official import OFFICIAL
+from exporter.lineages.official import OFFICIAL, OFFICIAL_BACKBONE, RENAMED_HEAD
 from exporter.lineages.qarepvgg import QAREPVGG
 from exporter.lineages.refused import refusal_from_names
 from exporter.lineages.repvggplus import REPVGGPLUS
 from exporter.lineages.sixdrepnet import SIXDREPNET
 from exporter.lineages.timm import TIMM, TIMM_MOBILEONE
 
-__all__ = ["LINEAGES", "Canonical", "Lineage", "canonical_from_raw", "lineage_from_tensors"]
+__all__ = ["LINEAGES", "Canonical", "Lineage", "canonical_from_raw", "common_prefix", "lineage_from_tensors"]
 
 LINEAGES: tuple[Lineage, ...] = (
     OFFICIAL,
@@ -30,10 +30,12 @@ LINEAGES: tuple[Lineage, ...] = (
     TIMM_MOBILEONE,
     MOBILEONE,
     MMPRETRAIN,
+    OFFICIAL_BACKBONE,
+    RENAMED_HEAD,
     FASTREID,
     SIXDREPNET,
 )
-"""Where the names of a deployed file are those of several, the first whose kernels they fit is taken."""
+"""Where the names in a file are those of several, the first whose kernels they fit is taken."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,19 @@ class Canonical:
     tensors: dict[str, Tensor]
     unexpected: tuple[str, ...]
     dropped: dict[str, str]
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """What every name begins with, such as ``model.``, where no lineage knows any of them with it; else nothing."""
+    prefix = ""
+    while names and not any(lineage.recognised(names) for lineage in LINEAGES):
+        first = {name.partition(".")[0] for name in names}
+        if len(first) != 1 or not all("." in name for name in names):
+            return ""
+        (part,) = first
+        prefix += f"{part}."
+        names = [name.partition(".")[2] for name in names]
+    return prefix
 
 
 def lineage_from_tensors(tensors: Mapping[str, Tensor], where: str) -> Lineage:
@@ -55,7 +70,7 @@ def lineage_from_tensors(tensors: Mapping[str, Tensor], where: str) -> Lineage:
     names = list(tensors)
     if refusal := refusal_from_names(names):
         raise ArchitectureRejected(f"{where}: {refusal.name} weights, which are not exported; {refusal.remedy}")
-    found = {lineage: recognised for lineage in LINEAGES if (recognised := lineage.recognised(names))}
+    found = {lineage: explained for lineage in LINEAGES if (explained := lineage.explained(names))}
     if not found:
         raise ArchitectureRejected(_unknown(names, where))
     most = max(found, key=lambda lineage: len(found[lineage]))

@@ -156,6 +156,15 @@ class Lineage:
             name for name in names if (ours := self.canonical(name)) is not None and not ours.startswith("head.")
         )
 
+    def explained(self, names: Iterable[str]) -> frozenset[str]:
+        """Those of ``names`` that mean something here, head and dropped ones too; none where no block is recognised."""
+        names = list(names)
+        if not self.recognised(names):
+            return frozenset()
+        return frozenset(
+            name for name in names if self.canonical(name) is not None or self.dropped_as(name) is not None
+        )
+
     def dropped_as(self, name: str) -> str | None:
         """What a tensor that is left out is, in words; None for one that is not."""
         return next((one.what for one in self.dropped if fnmatch.fnmatchcase(name, one.glob)), None)

@@ -6,6 +6,8 @@ Its quantization-aware training keeps a batch norm behind the fused convolution 
 
 from __future__ import annotations
 
+import dataclasses
+
 from exporter.lineages.lineage import Lineage
 
 BRANCHES = (
@@ -36,4 +38,20 @@ OFFICIAL = Lineage(
         ("se.down", "se.reduce"),
         ("se.up", "se.expand"),
     ),
+)
+
+RENAMED_HEAD = dataclasses.replace(
+    OFFICIAL,
+    name="RepVGG-PyTorch",
+    title="RepVGG-PyTorch of Lornatang",
+    source="github.com/Lornatang/RepVGG-PyTorch",
+    head="classifier",
+)
+OFFICIAL_BACKBONE = dataclasses.replace(
+    OFFICIAL,
+    name="official backbone",
+    title="official backbone",
+    stem="backbone.stage0",
+    block="backbone.stage{stage}.{index}",
+    head=None,
 )

@@ -10,7 +10,7 @@ import torch
 from tests.families import Network
 from tests.family_exports import SIZE, export
 from tests.family_names import FAMILIES
-from tests.family_states import auxiliary_heads, without
+from tests.family_states import auxiliary_heads, whole, without
 
 LOST = {
     "official: a 1x1 kernel": ("official", ["stage2.1.rbr_1x1.conv.weight"]),
@@ -75,10 +75,10 @@ def test_an_auxiliary_head_that_is_there_in_part_is_dropped_and_named(tmp_path):
 def mixed(first, second):
     """Blocks of both: stages 0 to 2 of one, the others of the other."""
     one, other = Network(*FAMILIES[first]), Network(*FAMILIES[second])
-    early = tuple(block.prefix + "." for block in one.blocks if block.stage < 3)
+    early = ("heads.", *(block.prefix + "." for block in one.blocks if block.stage < 3))
     late = tuple(block.prefix + "." for block in other.blocks if block.stage >= 3)
-    state = {name: tensor for name, tensor in one.state.items() if name.startswith(early)}
-    return state | {name: tensor for name, tensor in other.state.items() if name.startswith(late)}
+    state = {name: tensor for name, tensor in whole(one).items() if name.startswith(early)}
+    return state | {name: tensor for name, tensor in whole(other).items() if name.startswith(late)}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from exporter.architecture import Block
 from tests.families import Network
 from tests.family_exports import GATE, SIZE, assert_answers, difference, export, save_expectation
 from tests.family_names import APPLE, FAMILIES, FAST_REID, OFFICIAL, PLUS, QAREPVGG, QAREPVGG_V1, Shape
-from tests.family_states import deployed
+from tests.family_states import deployed, whole
 
 # The authors' other blocks, for comparisons: none of them has a tensor that says so
 BATCH_NORMS_ONLY_IN_FRONT = dataclasses.replace(QAREPVGG, post=None)
@@ -50,7 +50,7 @@ def test_the_batch_norms_know_the_images_of_the_training(name, calibration, tmp_
     family, shape = WITNESSED[name]
     images, path = calibration
     network = Network(family, shape, seen=images)
-    line = witness_line(export(tmp_path, network.state, *SIZE, "--calib", path))
+    line = witness_line(export(tmp_path, whole(network), *SIZE, "--calib", path))
     norms = sum(part.endswith("running_var") for part in network.state)
     assert line.startswith("ok   ")
     assert f"clear: 64 images reproduce the statistics of {norms} batch norms" in line

@@ -15,6 +15,7 @@ from tests.conftest import Outcome
 from tests.families import Network
 from tests.family_exports import SIZE, export
 from tests.family_names import FAMILIES, OFFICIAL, Shape
+from tests.family_states import whole
 
 MADE = {
     "SE after the ReLU": ("RepVGGplus", SIZE),
@@ -34,7 +35,7 @@ def verified(directory, *arguments):
 @pytest.fixture(scope="module", params=MADE)
 def made(request, tmp_path_factory):
     name, flags = MADE[request.param]
-    export_ = export(tmp_path_factory.mktemp("made"), Network(*FAMILIES[name]).state, *flags)
+    export_ = export(tmp_path_factory.mktemp("made"), whole(Network(*FAMILIES[name])), *flags)
     assert export_.outcome.code == 0, export_.outcome.stderr
     return export_
 

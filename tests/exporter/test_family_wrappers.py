@@ -11,7 +11,7 @@ import torch
 from tests.families import Network
 from tests.family_exports import SIZE, assert_answers, export
 from tests.family_names import FAST_REID, OFFICIAL, SIXD, TIMM, Shape
-from tests.family_states import prefixed, settings, with_counters
+from tests.family_states import prefixed, settings, whole, with_counters
 
 
 def optimizer():
@@ -54,6 +54,17 @@ LONE = {
     "super-gradients, without averages": lambda s: {"net": prefixed(s, "module."), "acc": 0.7, "epoch": 1},
     "fast-reid": lambda s: {"model": s, "optimizer": optimizer(), "iteration": 100},
     "6DRepNet": lambda s: {"epoch": 30, "model_state_dict": s, "optimizer_state_dict": optimizer()},
+    "Lightning": lambda s: {
+        "epoch": 3,
+        "global_step": 100,
+        "pytorch-lightning_version": "2.1",
+        "state_dict": prefixed(s, "model."),
+        "loops": {},
+        "callbacks": {},
+        "optimizer_states": [optimizer()],
+        "lr_schedulers": [],
+        "hyper_parameters": {"lr": 0.1},
+    },
     "a network": lambda s: {"network": s},
     "two levels": lambda s: {"model": {"state_dict": prefixed(s, "module.")}, "epoch": 1},
     "module in the middle of a name": lambda s: {
@@ -67,6 +78,6 @@ FAMILY_OF = {"fast-reid": (FAST_REID, Shape()), "6DRepNet": (SIXD, Shape(outputs
 def test_weights_are_found_in_what_each_producer_saves(layout, tmp_path):
     timm = layout.startswith("timm")
     network = Network(*FAMILY_OF.get(layout, (TIMM if timm else OFFICIAL, Shape())))
-    made = export(tmp_path, LONE[layout](with_counters(network.state)), *SIZE)
+    made = export(tmp_path, LONE[layout](with_counters(whole(network))), *SIZE)
     assert made.outcome.code == 0, made.outcome.stderr
     assert_answers(made, network, network.state)

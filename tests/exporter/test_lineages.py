@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exporter.errors import ArchitectureRejected
-from exporter.lineages import LINEAGES, Canonical, canonical_from_raw, lineage_from_tensors
+from exporter.lineages import LINEAGES, Canonical, canonical_from_raw, common_prefix, lineage_from_tensors
 from exporter.lineages.lineage import BATCH_NORM, FUSED_TENSORS
 from tests.networks import NAMINGS, NaiveRepVGG, Shape, deployed_state, named, renamed
 
@@ -51,8 +51,8 @@ def test_canonical_names_are_the_same_for_every_lineage_and_lead_back(naming):
 def test_the_tables_cover_all_lineages():
     """The plain ones here; the others in tests/families.py."""
     assert [lineage.name for lineage in LINEAGES] == [
-        "official", "RepVGGplus", "QARepVGG", "timm", "timm MobileOne", "MobileOne", "mmpretrain", "fast-reid",
-        "6DRepNet",
+        "official", "RepVGGplus", "QARepVGG", "timm", "timm MobileOne", "MobileOne", "mmpretrain",
+        "official backbone", "RepVGG-PyTorch", "fast-reid", "6DRepNet",
     ]  # fmt: skip
     assert set(NAMINGS) < BY_NAME.keys()
     assert all(lineage.bn_eps == 1e-5 for lineage in LINEAGES)
@@ -148,3 +148,52 @@ def test_two_names_of_one_tensor_are_both_named():
         "x.pt: stage1.0.rbr_dense.conv.weight and stage1.0.rbr_reparam.conv.weight are both stage1.0.dense.weight of "
         "one network; remove one of them"
     )
+
+
+def under_backbone(*more):
+    names = [f"backbone.{name}" for name in states("official", "training") if not name.startswith("linear.")]
+    return of_no_values([*names, *more])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "lineage", "last_stride"),
+    [
+        (under_backbone(), "official backbone", 2),
+        (under_backbone("backbone.stage2.0.rbr_reparam.weight"), "official backbone", 2),
+        (under_backbone("heads.weight"), "fast-reid", 1),
+        (under_backbone("pixel_mean"), "fast-reid", 1),
+        (under_backbone("backbone.stage2.0.fused_weight"), "fast-reid", 1),
+        (under_backbone("decode_head.conv.weight"), "official backbone", 2),
+    ],
+    ids=["nothing else", "deployed", "heads", "pixel_mean", "fused_weight", "another head"],
+)
+def test_what_stands_beside_a_backbone_tells_fast_reid_whose_last_stride_is_another(tensors, lineage, last_stride):
+    found = lineage_from_tensors(tensors, "x.pt")
+    assert (found.name, found.last_stride) == (lineage, last_stride)
+
+
+def test_a_backbone_of_both_kinds_is_not_chosen_for_anybody():
+    both = under_backbone("backbone.stage2.0.rbr_reparam.weight", "backbone.stage2.1.fused_weight")
+    with pytest.raises(ArchitectureRejected, match="more than one lineage: "):
+        lineage_from_tensors(both, "x.pt")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.encoder."])
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_what_stands_before_every_name_is_taken_off(naming, prefix):
+    names = [*states(naming, "training")]
+    assert common_prefix([prefix + name for name in names]) == prefix
+    assert common_prefix(names) == ""
+
+
+def test_a_prefix_of_only_some_names_or_of_a_foreign_network_stays():
+    names = [f"model.{name}" for name in states("official", "training")]
+    assert common_prefix([*names, "loss.weight"]) == ""
+    assert common_prefix(["model.conv1.weight", "model.fc.bias"]) == ""
+    assert common_prefix([]) == ""
+
+
+@pytest.mark.parametrize(("head", "lineage"), [("linear", "official"), ("classifier", "RepVGG-PyTorch")])
+def test_the_name_of_the_classifier_tells_whose_official_names_these_are(head, lineage):
+    names = [name.replace("linear.", f"{head}.") for name in states("official", "training")]
+    assert lineage_from_tensors(of_no_values(names), "x.pt").name == lineage
