@@ -15,6 +15,7 @@ from torch import Tensor
 from exporter.architecture import Architecture
 from exporter.expectation import expectation_check
 from exporter.inputs import Inputs
+from exporter.model import Observer, unobserved
 from exporter.proposals import proposal_from_images
 from exporter.report import Check
 from exporter.request import Request
@@ -37,13 +38,17 @@ def expectation_checks(architecture: Architecture, tensors: Mapping[str, Tensor]
 
 
 def witness_from_inputs(
-    architecture: Architecture, tensors: Mapping[str, Tensor], inputs: Inputs, request: Request
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    inputs: Inputs,
+    request: Request,
+    observe: Observer = unobserved,
 ) -> tuple[list[Check], dict[str, Any] | None]:
     """Runs the first IMAGES real images, where there are any, through the training-time network; fewer of a large one.
 
     It fails where the batch norms do not know the images, or know them clearly better under other assumptions. Where
     the branches contradict each other, they were never trained together and judge nothing; nor do they where the
-    request ignores them.
+    request ignores them. ``observe`` is told what the blocks compute.
 
     Returns:
         The check, and the report's ``witness``.
@@ -53,7 +58,7 @@ def witness_from_inputs(
         return [], None
     affordable = int(LARGEST_WORK // multiply_accumulates(architecture, request.size))
     count = max(FEWEST_IMAGES, min(IMAGES, affordable))
-    witness = witness_from_images(architecture, tensors, dataset.batches(IMAGES_AT_ONCE, count))
+    witness = witness_from_images(architecture, tensors, dataset.batches(IMAGES_AT_ONCE, count), observe)
     record, detail = witness.record(), witness.line
     contradicted = any(not agreement.disagreement <= CLEAR_DISAGREEMENT for agreement in witness.agreements)
     if contradicted or witness.verdict in (CLEAR, UNAVAILABLE):
@@ -69,3 +74,11 @@ def witness_from_inputs(
         )
     passed = True if not failed else None if request.ignore_witness else False
     return [Check(STAGE, passed, None, None, detail)], {**record, "proposal": proposal.record()}
+
+
+def source_of_peaks(inputs: Inputs, witness: Mapping[str, Any] | None) -> str:
+    """Which images the range of activations was seen on: those of the witness, where it had any."""
+    dataset = inputs.calibration or inputs.labelled
+    if dataset is None or witness is None or not witness["images"]:
+        return inputs.source
+    return f"the first {witness['images']} images of {dataset.path.name}"

@@ -51,15 +51,15 @@ from exporter.model import outputs_of_network
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architecture
 from exporter.onnxruntime_cpu import Session, session_from_file, session_from_graph
-from exporter.outside import expectation_checks, witness_from_inputs
+from exporter.outside import expectation_checks, source_of_peaks, witness_from_inputs
 from exporter.plain import Plain, plain_from_repvgg
 from exporter.precisions import PRECISIONS
 from exporter.processes import Processes
-from exporter.reference import GOLDEN_NAME, Reference, reference_from_repvgg, write_golden
+from exporter.reference import GOLDEN_NAME, PeakObserver, Reference, reference_from_repvgg, with_peaks_of, write_golden
 from exporter.report import AccuracyRow, Check, FileRecord, LayerRow, Report, markdown_from_report
 from exporter.repvgg import Network, network_from_checkpoint, training_time_loss
 from exporter.request import Request
-from exporter.sizes import measured_at_ends, with_peaks_of
+from exporter.sizes import measured_at_ends
 from exporter.staging import REPORT_NAME, SUMMARY_NAME, Staging, staging
 from exporter.typed import (
     Typed,
@@ -103,7 +103,8 @@ def report_from_checkpoint(
 
         found = Findings(notify)
         found.add(expectation_checks(architecture, tensors, inputs))
-        found.add_witness(*witness_from_inputs(architecture, tensors, inputs, request))
+        witnessed = PeakObserver()
+        found.add_witness(*witness_from_inputs(architecture, tensors, inputs, request, witnessed))
         reference = reference_from_repvgg(architecture, tensors, inputs.images)
         ends = measured_at_ends(architecture, tensors, inputs, request)
         plain = plain_from_repvgg(architecture, tensors, inputs.affordable)
@@ -117,10 +118,10 @@ def report_from_checkpoint(
         metadata = functools.partial(subject.metadata, digest.result())
         simplified = onnx.ModelProto.FromString(processes.simplifier.result())
         graph = onnx_from_plain(plain, simplified, metadata("fp32"))
-        seen = with_peaks_of(reference, ends)
+        seen = with_peaks_of(reference, [witnessed.peaks, *(end.source.peaks for end in ends)])
         typed = typed_from_request(request, graph, plain, seen, metadata, processes, stage, found)
         for one in typed:
-            found.add_headroom(one.headroom, inputs.source)
+            found.add_headroom(one.headroom, source_of_peaks(inputs, found.witness))
         path = float32_file_from_graph(request, graph, plain, stage, found)
         float32 = functools.partial(session_from_file, path) if path else functools.partial(session_from_graph, graph)
         del graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -41,19 +41,34 @@ class Reference:
         return np.asarray(self.layout.joined(self.named), np.float64)
 
 
+class PeakObserver:
+    """An observer that keeps the largest absolute value per channel (C,) of every tensor that it is told."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, NDArray[np.float64]] = {}
+
+    def __call__(self, name: str, value: Tensor) -> None:
+        """Takes ``value`` (n, C, ...) into account."""
+        others = [dim for dim in range(value.dim()) if dim != 1]
+        largest = torch.maximum(value.amax(others), -value.amin(others)).double().numpy()
+        self.peaks[name] = np.maximum(self.peaks[name], largest) if name in self.peaks else largest
+
+
 def reference_from_repvgg(
     architecture: Architecture, tensors: Mapping[str, Tensor], images: NDArray[np.float32]
 ) -> Reference:
     """Runs the branches themselves, unfused, in float64."""
-    peaks: dict[str, NDArray[np.float64]] = {}
-
-    def observe(name: str, value: Tensor) -> None:
-        others = [dim for dim in range(value.dim()) if dim != 1]
-        largest = torch.maximum(value.amax(others), -value.amin(others)).numpy()
-        peaks[name] = np.maximum(peaks[name], largest) if name in peaks else largest
-
+    observe = PeakObserver()
     outputs = outputs_of_network(architecture, tensors, torch.from_numpy(images).double(), observe)
-    return Reference(images, {name: value.numpy() for name, value in outputs.items()}, peaks)
+    return Reference(images, {name: value.numpy() for name, value in outputs.items()}, observe.peaks)
+
+
+def with_peaks_of(reference: Reference, others: Sequence[Mapping[str, NDArray[np.float64]]]) -> Reference:
+    """``reference`` with the largest peaks that were seen anywhere."""
+    peaks = dict(reference.peaks)
+    for other in others:
+        peaks = {name: np.fmax(values, other.get(name, values)) for name, values in peaks.items()}
+    return dataclasses.replace(reference, peaks=peaks)
 
 
 def write_golden(reference: Reference, path: pathlib.Path) -> None:

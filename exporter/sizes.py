@@ -7,8 +7,7 @@ anew.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from exporter.images import noise_images
 from exporter.inputs import Inputs
 from exporter.ledger import affordable_images
 from exporter.measured import Measured
-from exporter.reference import Reference, reference_from_repvgg
+from exporter.reference import reference_from_repvgg
 from exporter.request import Request, Size
 
 IMAGES = 3
@@ -50,11 +49,3 @@ def images_of_size(inputs: Inputs, channels: int, size: Size) -> NDArray[np.floa
     scaled = functional.interpolate(torch.from_numpy(inputs.images), size, mode="bilinear", antialias=True)
     images: NDArray[np.float32] = scaled.numpy()
     return images
-
-
-def with_peaks_of(reference: Reference, others: Sequence[Measured]) -> Reference:
-    """``reference`` with the largest peaks that were seen at any size."""
-    peaks = dict(reference.peaks)
-    for other in others:
-        peaks = {name: np.maximum(values, other.source.peaks[name]) for name, values in peaks.items()}
-    return dataclasses.replace(reference, peaks=peaks)

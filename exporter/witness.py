@@ -51,7 +51,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.architecture import Architecture, Block
-from exporter.model import block_output, block_tensors, branch_convolution, branch_sum, normalised
+from exporter.model import (
+    Observer,
+    block_output,
+    block_tensors,
+    branch_convolution,
+    branch_sum,
+    head_output,
+    normalised,
+    unobserved,
+)
 
 CLEAR_DRIFT, CLEAR_SPREAD = 0.075, 0.15
 WRONG_DRIFT, WRONG_SPREAD = 0.4, 0.5
@@ -123,7 +132,10 @@ class Witness:
 
 
 def witness_from_images(
-    architecture: Architecture, tensors: Mapping[str, Tensor], batches: Iterable[NDArray[np.float32]]
+    architecture: Architecture,
+    tensors: Mapping[str, Tensor],
+    batches: Iterable[NDArray[np.float32]],
+    observe: Observer = unobserved,
 ) -> Witness:
     """Asks the batch norms. Memory does not grow with the number of images.
 
@@ -131,11 +143,12 @@ def witness_from_images(
         architecture: in any form; fused blocks compute, but have nothing to say.
         tensors: by canonical name.
         batches: normalised images, (n, C, H, W) each; without any, only the branches are held against each other.
+        observe: told what the blocks compute on the way, in float32.
     """
     agreements = agreements_from_tensors(architecture, tensors)
     if architecture.form == "deployed":
         return Witness(UNAVAILABLE, 0, (), (), None, "no batch norm is left in a deployed file to witness anything")
-    images, layers = layers_from_images(architecture, tensors, batches)
+    images, layers = layers_from_images(architecture, tensors, batches, observe=observe)
     verdict, departure = _verdict(images, layers, agreements)
     return Witness(verdict, images, layers, agreements, departure, _line(verdict, images, layers, agreements))
 
@@ -145,6 +158,7 @@ def layers_from_images(
     tensors: Mapping[str, Tensor],
     batches: Iterable[NDArray[np.float32]],
     blocks: int | None = None,
+    observe: Observer = unobserved,
 ) -> tuple[int, tuple[LayerWitness, ...]]:
     """The number of images, and a row for each batch norm of the first ``blocks`` blocks (None: of all), in order."""
     asked = [_Asked(block, tensors, architecture.bn_eps) for block in architecture.blocks[:blocks]]
@@ -156,7 +170,10 @@ def layers_from_images(
             for part in torch.split(torch.from_numpy(batch), max(1, PIXELS_AT_ONCE // pixels)):
                 x = part.contiguous(memory_format=torch.channels_last)
                 for one in asked:
-                    x = one.output(x)
+                    x = one.output(x, observe)
+                    observe(architecture.tensor_names[one.block.name], x)
+                if architecture.classes is not None and blocks is None:
+                    head_output(tensors, x, observe)
     return images, tuple(layer for one in asked for layer in one.layers(images)) if images else ()
 
 
@@ -201,10 +218,10 @@ class _Asked:
             self.scales[owner] = scale.float().reshape(-1, 1, 1)
             self.sums[owner] = torch.zeros(5, len(scale), dtype=torch.float64)
 
-    def output(self, x: Tensor) -> Tensor:
+    def output(self, x: Tensor, observe: Observer) -> Tensor:
         """What leaves the block for ``x`` (n, in, H, W)."""
         if self.block.deployed and not self.block.post_batch_norm:
-            return block_output(self.block, self.own, branch_sum(self.block, self.own, x, self.eps))
+            return block_output(self.block, self.own, branch_sum(self.block, self.own, x, self.eps), observe)
         total = self.shift.reshape(-1, 1, 1)
         for branch in self.block.branches:
             y = branch_convolution(self.block, branch, self.own, x)
@@ -216,7 +233,7 @@ class _Asked:
         if self.block.post_batch_norm:
             self._ask("post", total)
             total = normalised(self.own, "post", total, self.eps)
-        return block_output(self.block, self.own, total)
+        return block_output(self.block, self.own, total, observe)
 
     def _ask(self, owner: str, y: Tensor) -> None:
         """Adds up what the batch norm of ``owner`` is given: ``y`` (n, C, h, w)."""

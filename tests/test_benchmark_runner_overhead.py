@@ -39,7 +39,7 @@ def test_a_slow_runner_and_a_leak_are_seen(file, monkeypatch):
 
     def slow(self, feeds):
         time.sleep(0.001)
-        kept.append(bytearray(b"x" * 200_000))
+        kept.append(bytearray(b"x" * 2_000_000))  # beyond what a heap full of holes could hide
         return plain(self, feeds)
 
     monkeypatch.setattr(Runner, "run", slow)

@@ -9,7 +9,7 @@ import torch
 from tests.families import Network
 from tests.family_exports import GATE, difference, export
 from tests.family_names import FAMILIES
-from tests.family_states import without
+from tests.family_states import whole, without
 
 RANGE = "20:28x36:44x52"
 SIZES = ((20, 20), (28, 36), (44, 52), (20, 52), (44, 20), (21, 33), (29, 23), (43, 51))
@@ -26,7 +26,7 @@ def exported(tmp_path_factory):
         if (name, flags) not in made:
             network = Network(*FAMILIES[name])
             directory = tmp_path_factory.mktemp("dynamic")
-            made[name, flags] = network, export(directory, network.state, "--size", RANGE, *flags)
+            made[name, flags] = network, export(directory, whole(network), "--size", RANGE, *flags)
         return made[name, flags]
 
     return get
@@ -106,7 +106,7 @@ def test_all_three_sizes_are_checked_and_told(exported):
 
 def test_a_single_size_stays_fixed(tmp_path):
     network = Network(*FAMILIES["fast-reid"])
-    made = export(tmp_path, network.state, "--size", "28x36")
+    made = export(tmp_path, whole(network), "--size", "28x36")
     graph = onnx.load(made.path).graph
     assert frames(graph.input) == {"input": ["N", 3, 28, 36]}
     assert frames(graph.output) == {"output": ["N", 20, 2, 3]}

@@ -6,8 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
+import exporter
+from exporter.reference import PeakObserver, reference_from_repvgg, with_peaks_of
+from exporter.witness import witness_from_images
 from tests.conftest import EXAMPLES
+from tests.inference import network_from_state
 from tests.networks import NaiveRepVGG, Shape, contiguous_float, deployed_state
 
 STAGE = "witness, batch norms against your images"
@@ -83,3 +88,46 @@ def test_without_images_nobody_is_asked(command, checkpoint, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["witness"] is None
     assert STAGE not in [check["stage"] for check in report["checks"]]
+
+
+# --- the range that images show
+
+
+def calibration_with_a_loud_image(folder, place):
+    """Fashion-MNIST, normalised, of which one image is far out of the ordinary."""
+    with np.load(EXAMPLES / "fashion_calibration.npz") as archive:
+        pixels = archive["images"][:64].astype(np.float32)
+    images = ((pixels / 255 - 0.5) / 0.5).reshape(64, 1, 28, 28)
+    images[place] *= 3e4
+    np.savez(folder / "images.npz", images=images)
+    return folder / "images.npz"
+
+
+@pytest.mark.parametrize("place", [1, 50], ids=["among those compared on", "behind them"])
+def test_an_image_that_only_the_batch_norms_saw_counts_for_the_range_of_half(place, tmp_path):
+    path = calibration_with_a_loud_image(tmp_path, place)
+    report = exporter.export(
+        EXAMPLES / "fashion.pt", tmp_path / "out", size=28, trt=["fp16"], calibration=path, ignore_witness=True
+    )
+    rows = {row.convolution: row for row in report.headroom}
+    loud = rows["stage0.0/Conv"]
+    assert loud.before.factor < 1
+    assert any(loud.exponents)
+    assert loud.after.factor >= 4
+    assert list(report.engines[0].kept_in_float32) == ["head/Gemm"]  # whose result nothing can rescale
+
+
+def test_what_the_batch_norms_saw_is_what_the_reference_would_have(tmp_path):
+    architecture, tensors = network_from_state(torch.load(EXAMPLES / "fashion.pt", weights_only=True))
+    with np.load(EXAMPLES / "fashion_calibration.npz") as archive:
+        images = ((archive["images"][:32].astype(np.float32) / 255 - 0.5) / 0.5).reshape(32, 1, 28, 28)
+    witnessed = PeakObserver()
+    witness_from_images(architecture, tensors, [images[:20], images[20:]], witnessed)
+    reference = reference_from_repvgg(architecture, tensors, images)
+    assert reference.peaks.keys() - witnessed.peaks.keys() == {"input"}
+    for name, peaks in witnessed.peaks.items():
+        np.testing.assert_allclose(peaks, reference.peaks[name], rtol=1e-4, atol=1e-4)
+    fewer = reference_from_repvgg(architecture, tensors, images[:4])
+    seen = with_peaks_of(fewer, [witnessed.peaks])
+    assert all((seen.peaks[name] >= fewer.peaks[name]).all() for name in fewer.peaks)
+    assert any((seen.peaks[name] > 1.2 * fewer.peaks[name]).any() for name in fewer.peaks)

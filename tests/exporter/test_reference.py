@@ -15,6 +15,7 @@ from exporter.plain import plain_from_repvgg
 from exporter.reference import GOLDEN_NAME, reference_from_repvgg, write_golden
 from tests.families import Network
 from tests.family_names import FAMILIES, FAST_REID, OFFICIAL, Shape
+from tests.family_states import whole
 from tests.inference import network_from_state
 
 SIZE = (20, 24)
@@ -24,7 +25,7 @@ UNSEEN = "factor"
 
 def network_of(name, features=()):
     naive = Network(*FAMILIES[name])
-    architecture, tensors = network_from_state(naive.state)
+    architecture, tensors = network_from_state(whole(naive))
     if features:
         architecture = with_features(architecture, features)
         blocks = tuple(f"{block.name}." for block in architecture.blocks)

@@ -16,9 +16,9 @@ from exporter.dataset import dataset_from_npz
 from exporter.images import noise_images, normalisation
 from exporter.inputs import inputs_from_request
 from exporter.measured import Measured, fixed
-from exporter.reference import Reference, reference_from_repvgg
+from exporter.reference import Reference, reference_from_repvgg, with_peaks_of
 from exporter.request import Request
-from exporter.sizes import images_of_size, measured_at_ends, with_peaks_of
+from exporter.sizes import images_of_size, measured_at_ends
 from tests.inference import answers, network_from_state
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
@@ -216,7 +216,7 @@ def test_the_largest_peaks_of_all_sizes_are_kept_channel_by_channel():
         measured({"a": np.array([3.0, 4.0]), "b": np.array([1.0])}),
         measured({"a": np.array([0.0, 6.0]), "b": np.array([2.5])}),
     ]
-    seen = with_peaks_of(usual, ends)
+    seen = with_peaks_of(usual, [end.source.peaks for end in ends])
     assert {name: values.tolist() for name, values in seen.peaks.items()} == {"a": [3.0, 6.0], "b": [2.5]}
     assert usual.peaks["a"].tolist() == [1.0, 5.0]
     assert np.array_equal(seen.outputs, usual.outputs)
@@ -231,5 +231,5 @@ def test_a_channel_that_only_a_large_image_makes_loud_is_seen(asked, network):
         ends[1].source, peaks={name: 100 + value for name, value in ends[1].source.peaks.items()}
     )
     ends[1].source = loud
-    seen = with_peaks_of(usual, ends)
+    seen = with_peaks_of(usual, [end.source.peaks for end in ends])
     assert all(np.array_equal(seen.peaks[name], loud.peaks[name]) for name in usual.peaks)
