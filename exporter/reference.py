@@ -49,8 +49,12 @@ class PeakObserver:
 
     def __call__(self, name: str, value: Tensor) -> None:
         """Takes ``value`` (n, C, ...) into account."""
-        others = [dim for dim in range(value.dim()) if dim != 1]
-        largest = torch.maximum(value.amax(others), -value.amin(others)).double().numpy()
+        if value.is_contiguous():
+            others = [dim for dim in range(value.dim()) if dim != 1]
+            extreme = torch.maximum(value.amax(others), -value.amin(others))
+        else:  # channels last: three times as fast
+            extreme = value.abs().amax((2, 3)).amax(0)
+        largest = extreme.double().numpy()
         self.peaks[name] = np.maximum(self.peaks[name], largest) if name in self.peaks else largest
 
 
