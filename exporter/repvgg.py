@@ -9,7 +9,7 @@ from torch import Tensor
 
 from exporter.architecture import Architecture, with_features
 from exporter.checkpoint import Checkpoint, checkpoint_from_path
-from exporter.lineages import Lineage, canonical_from_raw, common_prefix, lineage_from_tensors
+from exporter.lineages import Lineage, canonical_from_raw, common_prefix, lineage_from_tensors, without_ignored
 from exporter.model import outputs_of_network
 from exporter.plain import relative_error
 from exporter.recognition import architecture_from_tensors, check_variant
@@ -40,8 +40,9 @@ def network_from_checkpoint(checkpoint: Checkpoint, request: Request) -> Network
         UsageError: ``--features`` names a stage that the network does not have.
     """
     where = request.path.name
-    prefix = common_prefix(list(checkpoint.tensors))
-    named = {name.removeprefix(prefix): tensor for name, tensor in checkpoint.tensors.items()}
+    wanted = without_ignored(checkpoint.tensors, request.ignore_keys)
+    prefix = common_prefix(list(wanted))
+    named = {name.removeprefix(prefix): tensor for name, tensor in wanted.items()}
     lineage = lineage_from_tensors(named, where)
     canonical = canonical_from_raw(named, lineage, request.ignore_keys, where)
     tensors, dropped = canonical.tensors, canonical.dropped

@@ -128,7 +128,7 @@ class Request:
     @property
     def sizes(self) -> tuple[Size, ...]:
         """The one size, or the smallest, the usual and the largest."""
-        return (self.size,) if self.size_range is None else (self.size_range[0], self.size, self.size_range[1])
+        return self.profile or (self.size,)
 
     @property
     def profile(self) -> tuple[Size, Size, Size] | None:

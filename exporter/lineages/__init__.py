@@ -20,7 +20,15 @@ from exporter.lineages.repvggplus import REPVGGPLUS
 from exporter.lineages.sixdrepnet import SIXDREPNET
 from exporter.lineages.timm import TIMM, TIMM_MOBILEONE
 
-__all__ = ["LINEAGES", "Canonical", "Lineage", "canonical_from_raw", "common_prefix", "lineage_from_tensors"]
+__all__ = [
+    "LINEAGES",
+    "Canonical",
+    "Lineage",
+    "canonical_from_raw",
+    "common_prefix",
+    "lineage_from_tensors",
+    "without_ignored",
+]
 
 LINEAGES: tuple[Lineage, ...] = (
     OFFICIAL,
@@ -45,6 +53,11 @@ class Canonical:
     tensors: dict[str, Tensor]
     unexpected: tuple[str, ...]
     dropped: dict[str, str]
+
+
+def without_ignored(tensors: Mapping[str, Tensor], ignore: Sequence[str]) -> dict[str, Tensor]:
+    """``tensors`` without those whose names in the file a glob of ``ignore`` hides: they count for nothing."""
+    return {name: t for name, t in tensors.items() if not any(fnmatch.fnmatchcase(name, glob) for glob in ignore)}
 
 
 def common_prefix(names: Sequence[str]) -> str:
@@ -94,9 +107,7 @@ def canonical_from_raw(
     raw: dict[str, str] = {}
     unexpected = []
     dropped = {}
-    for name, tensor in tensors.items():
-        if any(fnmatch.fnmatchcase(name, glob) for glob in ignore):
-            continue
+    for name, tensor in without_ignored(tensors, ignore).items():
         ours = lineage.canonical(name)
         if ours is None:
             what = lineage.dropped_as(name)

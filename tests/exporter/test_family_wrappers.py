@@ -81,3 +81,23 @@ def test_weights_are_found_in_what_each_producer_saves(layout, tmp_path):
     made = export(tmp_path, LONE[layout](with_counters(whole(network))), *SIZE)
     assert made.outcome.code == 0, made.outcome.stderr
     assert_answers(made, network, network.state)
+
+
+def test_what_stands_beside_a_prefixed_network_can_be_ignored_by_its_own_name(tmp_path):
+    """A metric of the training module, without which every name would begin with model."""
+    network = Network(OFFICIAL, Shape())
+    content = {"state_dict": prefixed(network.state, "model.") | {"loss.weight": torch.ones(7)}}
+    refused = export(tmp_path, content, *SIZE)
+    assert (refused.outcome.code, refused.directory.exists()) == (3, False)
+    made = export(tmp_path, content, *SIZE, "--ignore-keys", "loss.*")
+    assert made.outcome.code == 0, made.outcome.stderr
+    assert "with the prefix model." in made.outcome.stdout
+    assert_answers(made, network, network.state)
+
+
+def test_a_tensor_is_ignored_by_its_name_with_the_prefix_and_without(tmp_path):
+    network = Network(OFFICIAL, Shape())
+    content = prefixed(network.state | {"aux.weight": torch.ones(7)}, "model.")
+    assert export(tmp_path, content, *SIZE).outcome.code == 3
+    for glob in ("model.aux.*", "aux.*"):
+        assert export(tmp_path, content, *SIZE, "--ignore-keys", glob).outcome.code == 0
