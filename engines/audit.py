@@ -8,47 +8,38 @@ padding must then be zero. A 1x1 convolution of many channels may be compiled as
 such as SE has, into generated code that reads each column of its weights, or each number, as a constant of its own,
 and then every one must be there. A bias may have been moved into generated code that reads the result. Weights of one
 single number may become part of the code; they are reported as not readable, and as nothing else.
+
+In INT8 the weights are codes, kernel and input must be int8, and ``engines.audit_int8`` says what else must be there.
+The results are half or float32, and generated code makes codes of them again: such kernels are counted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.errors import InputRejected
-from engines.onnx_file import Node, OnnxFile
-from engines.plan import (
-    AUDITED_VERSIONS,
-    Plan,
-    WeightedKernel,
-    header_from_file,
-    plan_from_file,
-)
+from engines.audit_int8 import scale_problems
+from engines.expected import ExpectedConvolution, ExpectedMatrix, expected_from_nodes, expected_from_onnx
+from engines.plan import AUDITED_VERSIONS, Plan, header_from_file, plan_from_file
+from engines.plan_kernels import WeightedKernel
 from engines.plan_weights import is_convolution, is_matrix, missing
 
+__all__ = [
+    "Audit",
+    "ExpectedConvolution",
+    "ExpectedMatrix",
+    "audit_of_file",
+    "audit_of_plan",
+    "expected_from_nodes",
+    "expected_from_onnx",
+]
 
-@dataclasses.dataclass(frozen=True)
-class ExpectedConvolution:
-    """A Conv of the typed graph: ``weight`` (out, in / groups, height, width) and ``bias`` (out,) in its dtype."""
-
-    node: str
-    relu_node: str | None
-    weight: NDArray[Any]
-    bias: NDArray[Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpectedMatrix:
-    """A Gemm of the typed graph: ``weight`` (classes, channels) and ``bias`` (classes,) in its dtype."""
-
-    node: str
-    weight: NDArray[Any]
-    bias: NDArray[Any]
+INT8 = "int8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +59,10 @@ class Audit:
     problems: tuple[str, ...]
     unproven: tuple[str, ...]
     """Weights that are single numbers, which the compiler may write into code, where they cannot be read."""
+    int8_outputs: dict[str, int] = dataclasses.field(default_factory=dict)
+    """By dtype, the results of the convolutions that were compiled in INT8."""
+    requantize_kernels: int = 0
+    """Kernels of an INT8 engine that only scale, clip or round the result of another, or add its bias."""
 
     @property
     def line(self) -> str:
@@ -75,7 +70,8 @@ class Audit:
         if not self.audited:
             return f"not audited: {self.reason}"
         dtypes = ", ".join(
-            f"{count} of {self.expected_convolutions} convs in {_short(d)}" for d, count in self.by_dtype.items()
+            f"{count} of {self.expected_convolutions} convs in {_short(dtype)}{self._results(dtype)}"
+            for dtype, count in sorted(self.by_dtype.items(), key=lambda item: item[0] != INT8)
         )
         fused = (
             "Conv+ReLU in one kernel each"
@@ -88,7 +84,16 @@ class Audit:
             else f"{self.weights_bit_equal} of {self.expected_weights} weights bit-equal"
         )
         unread = f" (not readable: {'; '.join(self.unproven)})" if self.unproven else ""
-        return f"{dtypes}, {fused}, {equal}{unread}"
+        beside = f", {self.requantize_kernels} requantize kernels beside them" if self.int8_outputs else ""
+        return f"{dtypes}, {fused}{beside}, {equal}{unread}"
+
+    def _results(self, dtype: str) -> str:
+        """As in " (half out)", of convolutions in INT8."""
+        if dtype != INT8:
+            return ""
+        if len(self.int8_outputs) == 1:
+            return f" ({_long(*self.int8_outputs)} out)"
+        return f" ({', '.join(f'{count} {_long(name)}' for name, count in self.int8_outputs.items())} out)"
 
     @property
     def record(self) -> dict[str, Any]:
@@ -97,39 +102,11 @@ class Audit:
 
 
 def _short(dtype: str) -> str:
-    return {"float16": "FP16", "float32": "FP32", "int8": "INT8"}.get(dtype, dtype)
+    return {"float16": "FP16", "float32": "FP32", INT8: "INT8"}.get(dtype, dtype)
 
 
-def expected_from_onnx(onnx: OnnxFile) -> tuple[list[ExpectedConvolution], list[ExpectedMatrix]]:
-    """What an engine compiled from a typed ONNX file must hold; see ``expected_from_nodes``."""
-    return expected_from_nodes(onnx.nodes, onnx.weights, str(onnx.path))
-
-
-def expected_from_nodes(
-    nodes: Sequence[Node], weights: Mapping[str, NDArray[Any]], where: str
-) -> tuple[list[ExpectedConvolution], list[ExpectedMatrix]]:
-    """Every Conv, with the ReLU that reads it, and every Gemm; ``where`` names the graph in errors.
-
-    Raises:
-        InputRejected: one of them has no bias, or reads a weight or bias that is not stored in the file.
-    """
-    relu_of = {node.inputs[0]: node.name for node in nodes if node.op_type == "Relu" and node.inputs}
-
-    def stored(node: Node) -> list[NDArray[Any]]:
-        if len(node.inputs) != 3 or not node.outputs or not all(name in weights for name in node.inputs[1:]):
-            raise InputRejected(
-                f"{where}: {node.op_type} {node.name} has no stored weight and bias; export it with python -m exporter"
-            )
-        return [weights[name] for name in node.inputs[1:]]
-
-    convolutions = [
-        ExpectedConvolution(node.name, relu_of.get(node.outputs[0]), weight, bias)
-        for node in nodes
-        if node.op_type == "Conv"
-        for weight, bias in [stored(node)]
-    ]
-    matrices = [ExpectedMatrix(node.name, *stored(node)) for node in nodes if node.op_type == "Gemm"]
-    return convolutions, matrices
+def _long(dtype: str) -> str:
+    return {"float16": "half", "float32": "float"}.get(dtype, dtype)
 
 
 def audit_of_file(
@@ -166,6 +143,7 @@ def audit_of_plan(plan: Plan, convolutions: Sequence[ExpectedConvolution], matri
     findings = [_convolution_finding(plan, expected) for expected in convolutions]
     dtypes = [finding.dtype for finding in findings if finding.dtype is not None]
     with_relu = sum(finding.relu_inside for finding in findings)
+    results = [finding.output_dtype for finding in findings if finding.dtype == INT8 and finding.output_dtype]
     findings += [_matrix_finding(plan, expected) for expected in matrices]
     problems = [problem for finding in findings for problem in finding.problems]
     nodes: list[ExpectedConvolution | ExpectedMatrix] = [*convolutions, *matrices]
@@ -185,6 +163,8 @@ def audit_of_plan(plan: Plan, convolutions: Sequence[ExpectedConvolution], matri
         expected_weights=len(findings),
         problems=tuple(problems),
         unproven=tuple(unread for finding in findings for unread in finding.unread),
+        int8_outputs={dtype: results.count(dtype) for dtype in sorted(set(results))},
+        requantize_kernels=sum(kernel.rescales for kernel in plan.functions) if results else 0,
     )
 
 
@@ -196,6 +176,7 @@ class _Finding:
     relu_inside: bool
     problems: tuple[str, ...]
     unread: tuple[str, ...]
+    output_dtype: str | None = None
 
 
 def _convolution_finding(plan: Plan, expected: ExpectedConvolution) -> _Finding:
@@ -204,12 +185,13 @@ def _convolution_finding(plan: Plan, expected: ExpectedConvolution) -> _Finding:
     matrices = [kernel for kernel in plan.matrices if node in kernel.onnx_nodes]
     generated = [function for function in plan.functions if node in function.onnx_nodes]
     is_pointwise = expected.weight.shape[2:] == (1, 1)
+    is_whole = expected.weight.size > 1 or expected.scales is not None
     if len(convolutions) + len(matrices) > 1:
         return _not_one_kernel(node, len(convolutions) + len(matrices))
     if matrices and not is_pointwise:
         problem = f"{node}: compiled as a product of matrices, which a window of {expected.weight.shape[2]} is not"
         return _Finding(dtype=None, relu_inside=False, problems=(problem,), unread=())
-    if convolutions and expected.weight.size > 1:
+    if convolutions and is_whole:
         return _kernel_finding(
             plan, expected, convolutions[0], is_weight=is_convolution(plan, convolutions[0].weight, expected.weight)
         )
@@ -217,7 +199,7 @@ def _convolution_finding(plan: Plan, expected: ExpectedConvolution) -> _Finding:
         return _kernel_finding(
             plan, expected, matrices[0], is_weight=is_matrix(plan, matrices[0], expected.weight[:, :, 0, 0])
         )
-    if (generated or convolutions) and is_pointwise:
+    if (generated or convolutions) and is_pointwise and expected.scales is None:
         problems, unread = missing(plan, node, weights=expected.weight[:, :, 0, 0], bias=expected.bias)
         relu_inside = any(expected.relu_node in function.onnx_nodes for function in generated)
         was_read = not problems and expected.weight.size > 1
@@ -232,26 +214,59 @@ def _not_one_kernel(node: str, kernels: int) -> _Finding:
 
 def _kernel_finding(plan: Plan, expected: ExpectedConvolution, kernel: WeightedKernel, *, is_weight: bool) -> _Finding:
     """Of a convolution that one kernel computes."""
+    problems, unread = _kernel_problems(plan, expected, kernel, is_weight=is_weight)
+    relu_inside = kernel.relu and expected.relu_node in kernel.onnx_nodes
+    return _Finding(
+        kernel.weight_dtype,
+        relu_inside,
+        (*problems, *_relu_problems(plan, expected, kernel)),
+        unread,
+        kernel.output_dtype,
+    )
+
+
+def _kernel_problems(
+    plan: Plan, expected: ExpectedConvolution | ExpectedMatrix, kernel: WeightedKernel, *, is_weight: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is wrong with the one kernel of a node, and what cannot be read of it."""
     problems = _dtype_problems(expected.node, expected.weight, kernel)
+    if problems and expected.scales is not None:
+        return tuple(problems), ()  # what it then holds are other numbers, all of them
     if not is_weight:
         problems.append(f"{expected.node}: its weights do not stand in the engine bit for bit")
-    others, unread = missing(plan, expected.node, bias=expected.bias)
-    relu_inside = kernel.relu and expected.relu_node in kernel.onnx_nodes
-    return _Finding(kernel.weight_dtype, relu_inside, (*problems, *others), unread)
+    if expected.scales is None:
+        others, unread = missing(plan, expected.node, bias=expected.bias)
+        if kernel.factor != 1 or (kernel.factors is not None and (plan.array(kernel.factors) != 1).any()):
+            problems.append(f"{expected.node}: its result is multiplied by something else than 1")
+    else:
+        others, unread = scale_problems(plan, kernel, expected, expected.scales)
+    return (*problems, *others), unread
+
+
+def _relu_problems(plan: Plan, expected: ExpectedConvolution, kernel: WeightedKernel) -> tuple[str, ...]:
+    """A ReLU that is neither in the kernel nor in generated code that reads the kernel's result."""
+    relu, node = expected.relu_node, expected.node
+    behind = [function for function in plan.functions if node in function.behind]
+    if relu is None or (kernel.relu and relu in kernel.onnx_nodes):
+        return ()
+    if any(relu in function.onnx_nodes or "Relu" in function.name for function in behind):
+        return ()
+    return (f"{node}: no kernel of the engine computes the ReLU behind it",)
 
 
 def _matrix_finding(plan: Plan, expected: ExpectedMatrix) -> _Finding:
     kernels = [kernel for kernel in plan.matrices if expected.node in kernel.onnx_nodes]
     if len(kernels) > 1:
         return _not_one_kernel(expected.node, len(kernels))
-    wrong = [problem for kernel in kernels for problem in _dtype_problems(expected.node, expected.weight, kernel)]
-    if kernels and kernels[0].weight is not None:
-        problems, unread = missing(plan, expected.node, bias=expected.bias)
-        if not is_matrix(plan, kernels[0], expected.weight):
-            wrong.append(f"{expected.node}: its weights do not stand in the engine bit for bit")
+    if kernels and (kernels[0].weight is not None or expected.scales is not None):
+        is_weight = is_matrix(plan, kernels[0], expected.weight)
+        problems, unread = _kernel_problems(plan, expected, kernels[0], is_weight=is_weight)
+    elif expected.scales is not None:
+        return _not_one_kernel(expected.node, 0)
     else:
         problems, unread = missing(plan, expected.node, weights=expected.weight, bias=expected.bias)
-    return _Finding(None, relu_inside=False, problems=(*wrong, *problems), unread=unread)
+        problems = (*(_dtype_problems(expected.node, expected.weight, kernels[0]) if kernels else ()), *problems)
+    return _Finding(None, relu_inside=False, problems=problems, unread=unread)
 
 
 def _dtype_problems(node: str, weight: NDArray[Any], kernel: WeightedKernel) -> list[str]:

@@ -27,7 +27,7 @@ from engines.errors import (
 from engines.files import reported_write_errors
 from engines.manifest import Manifest, sidecar_path
 from engines.process import Process
-from engines.sdk import Sdk, sdk_for_build
+from engines.sdk import Sdk, check_precision, sdk_for_build
 from engines.sizes import Sizes, check_sizes, text_of_size, text_of_sizes
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Compilation:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """An engine and its sidecar, audited and in place."""
+    """An engine and its sidecar, audited and in place; for INT8, what ``engines.traffic`` predicts."""
 
     engine: pathlib.Path
     sidecar: pathlib.Path
@@ -81,6 +81,7 @@ class Build:
     audit: Audit
     seconds: float
     warnings: tuple[str, ...]
+    prediction: str | None = None
 
 
 class CompilerProcess(Process):
@@ -178,6 +179,7 @@ def build(
     check_options(chosen, options)
     graph = onnx_file_from_path(source)
     origin = origin_from_onnx(graph)
+    check_precision(chosen, origin.precision, gpu)
     if sizes is not None:
         _check_sizes(source, sizes, origin)
     if target.is_dir():

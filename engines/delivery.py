@@ -14,6 +14,7 @@ from engines.onnx_file import OnnxFile
 from engines.plan import header_from_file
 from engines.replacement import replace_together
 from engines.sidecar import compute_capabilities, manifest_from_build
+from engines.traffic import prediction_of_file
 
 REJECTED = ".rejected"
 
@@ -49,6 +50,7 @@ def delivered(made: Compilation, graph: OnnxFile, request: Request, target: path
         audit=audit.record,
         sizes=request.sizes,
     )
+    predicted = prediction_of_file(made.engine, request.batch[1], None if request.sizes is None else request.sizes[1])
     sidecar = sidecar_path(made.engine)
     with reported_write_errors(sidecar_path(target)):
         sidecar.write_text(manifest.to_json(), encoding="utf-8")
@@ -56,4 +58,4 @@ def delivered(made: Compilation, graph: OnnxFile, request: Request, target: path
         earlier = made.engine.parent / ".earlier"
         earlier.mkdir()
     replace_together({made.engine: target, sidecar: sidecar_path(target)}, earlier)
-    return Build(target, sidecar_path(target), manifest, audit, made.seconds, made.warnings)
+    return Build(target, sidecar_path(target), manifest, audit, made.seconds, made.warnings, predicted)

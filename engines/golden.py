@@ -80,10 +80,17 @@ class Golden:
         return min(apart) / scale if apart else float("inf")
 
     def tells_apart(self, gate: Gate) -> bool:
-        """Whether a network that gave one and the same answer to everything would be beyond ``gate``."""
-        constant = (self.outputs.min(axis=0) + self.outputs.max(axis=0)) / 2
-        error = compare(self.outputs, np.broadcast_to(constant, self.outputs.shape)).relative_error
-        return error > gate.max_relative_error
+        """Whether a network that gave one and the same answer to everything would be beyond ``gate``.
+
+        The answer that is nearest in the relative error lies halfway between the extremes; in the SQNR, at the mean.
+        """
+        halfway, mean = (self.outputs.min(axis=0) + self.outputs.max(axis=0)) / 2, self.outputs.mean(axis=0)
+        nearest, least_noise = (
+            compare(self.outputs, np.broadcast_to(constant, self.outputs.shape)) for constant in (halfway, mean)
+        )
+        if nearest.relative_error > gate.max_relative_error:
+            return True
+        return gate.min_sqnr_db is not None and least_noise.sqnr_db < gate.min_sqnr_db
 
     def mixed_up(self, outputs: NDArray[np.floating], rows: Sequence[int] | None = None) -> list[int]:
         """The places in ``outputs`` that are much nearer to the answer for another image than to their own.

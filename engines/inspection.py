@@ -19,11 +19,12 @@ from engines.errors import InputRejected, ReportedError, VerificationFailed
 from engines.files import sha256_of
 from engines.golden import INPUT, golden_from_file
 from engines.integrity import cards_text, checked_engine
-from engines.kind import ONNX, kind_of_file
+from engines.kind import ONNX, graph_of_engine, graphs_beside, kind_of_file
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.onnx_file import OnnxFile, onnx_file_from_path
 from engines.plan import SDK_TAGS, Plan, PlanRejected, header_from_file, mapped, plan_from_file
 from engines.report_file import REPORT_NAME, report_from_file
+from engines.traffic import prediction_of_file
 
 ZIP_TAG, JSON_TAG = b"PK\x03\x04", b"{"
 LARGEST_PREFIX = 1 << 20
@@ -93,6 +94,7 @@ def _engine_facts(path: pathlib.Path) -> Facts:
         facts.append(_kernels_fact(plan_from_file(path)))
     except PlanRejected as error:
         facts.append(Fact("kernels", f"not readable: {_reason(error, path)}", None))
+    facts += _traffic_facts(path, manifest)
     audit, failure = _audit_fact(path, manifest)
     return Facts("TensorRT engine", (*facts, audit), refusal or failure)
 
@@ -155,13 +157,23 @@ def _kernels_fact(plan: Plan) -> Fact:
     return Fact("kernels", f"{plan.kernels}: {', '.join(lines)}", dict(counts))
 
 
+def _traffic_facts(path: pathlib.Path, manifest: Manifest | None) -> list[Fact]:
+    """What an INT8 engine moves beside FP16, for the profile's optimum."""
+    if manifest is None or len(manifest.profile) != 1:
+        return []
+    (_, (batch, _, *size), _) = next(iter(manifest.profile.values()))
+    line = prediction_of_file(path, batch, (size[0], size[1]))
+    return [] if line is None else [Fact("traffic", line, line)]
+
+
 def _audit_fact(path: pathlib.Path, manifest: Manifest | None) -> tuple[Fact, ReportedError | None]:
     """The engine held against the typed ONNX file beside it, if that is the one it was made from."""
-    onnx = path.with_suffix(".onnx")
-    if not onnx.is_file():
-        return Fact("audit", f"not made: {onnx.name} is not beside it", None), None
-    if manifest is not None and sha256_of(onnx) != manifest.sha256["onnx"]:
-        return Fact("audit", f"not made: {onnx.name} is not the file that the sidecar names", None), None
+    there = [graph.name for graph in graphs_beside(path) if graph.is_file()]
+    if not there:
+        return Fact("audit", f"not made: {graphs_beside(path)[0].name} is not beside it", None), None
+    onnx = graph_of_engine(path, None if manifest is None else manifest.sha256["onnx"])
+    if onnx is None:
+        return Fact("audit", f"not made: {' or '.join(there)} is not the file that the sidecar names", None), None
     try:
         audit = audit_of_file(path, *expected_from_onnx(onnx_file_from_path(onnx)))
     except InputRejected as error:

@@ -19,6 +19,7 @@ import shlex
 
 from engines.errors import InputRejected, SdkMissing
 from engines.files import sha256_of
+from engines.kind import graph_of_engine, graphs_beside
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.plan import Header, header_from_file
 from engines.sdk import RTX_CARDS, SDKS, Sdk, is_installed
@@ -154,14 +155,15 @@ def check_card(path: pathlib.Path, header: Header, manifest: Manifest | None, ca
 
 
 def _rebuild(path: pathlib.Path, manifest: Manifest | None = None, *, sdk: Sdk | None = None) -> str:
-    """The command that builds the engine again from the typed ONNX file that it came from."""
-    command = f"python -m engines build {_onnx_beside(path, manifest)}"
+    """The command that builds the engine again from the typed ONNX file that it came from, or from that of ``sdk``."""
+    command = f"python -m engines build {_onnx_beside(path, manifest, sdk)}"
     return f"{command} --sdk {sdk.module}" if sdk else command
 
 
-def _onnx_beside(path: pathlib.Path, manifest: Manifest | None = None) -> str:
+def _onnx_beside(path: pathlib.Path, manifest: Manifest | None = None, sdk: Sdk | None = None) -> str:
     """``model.fp16.onnx`` for ``model.fp16.engine``, with its directory where the very file is there."""
-    onnx = path.with_suffix(".onnx")
-    if not onnx.is_file() or (manifest is not None and sha256_of(onnx) != manifest.sha256["onnx"]):
-        return shlex.quote(onnx.name)
-    return shlex.quote(str(onnx))
+    plain, for_rtx = graphs_beside(path)
+    if for_rtx.is_file() and plain.is_file() and sdk is not None:  # two graphs, one for each SDK
+        return shlex.quote(str(for_rtx if sdk.module == SDKS[1].module else plain))
+    onnx = graph_of_engine(path, None if manifest is None else manifest.sha256["onnx"])
+    return shlex.quote(plain.name if onnx is None else str(onnx))

@@ -31,7 +31,8 @@ class Manifest:
     """What a serving machine needs to know, and to check, before it loads an engine.
 
     ``profile`` holds the minimum, optimum and maximum shape of each input; ``preprocessing`` is in units of pixels
-    scaled to 0..1; ``tolerance`` is the largest relative error against ``golden`` (see ``engines.parity``).
+    scaled to 0..1, with ``resize`` only where one was given; ``tolerance`` is the largest relative error against
+    ``golden`` (see ``engines.parity``).
     """
 
     name: str
@@ -163,13 +164,16 @@ def _shapes(value: Value) -> tuple[tuple[int, ...], ...]:
 
 
 def _preprocessing(value: Value) -> dict[str, Any]:
-    fields = value.fields("mean", "std", "size", "channels")
+    given = ("resize",) if "resize" in value.items() else ()
+    fields = value.fields("mean", "std", "size", "channels", *given)
     channels = fields["channels"].whole_number(least=1)
+    size = fields["size"].whole_numbers(2, least=1)
     return {
         "mean": fields["mean"].numbers(channels),
         "std": fields["std"].numbers(channels, above=0),
-        "size": fields["size"].whole_numbers(2, least=1),
+        "size": size,
         "channels": channels,
+        **{name: fields[name].whole_number(least=max(size)) for name in given},
     }
 
 
@@ -207,6 +211,10 @@ def _check_agreement(manifest: Manifest, fields: dict[str, Value]) -> None:
     for name, text in said.items():
         if manifest.assumptions.get(name, text) != text:
             raise fields["preprocessing"].field(name).wrong(f"{manifest.assumptions[name]}, as in assumptions.{name}")
+    resize = manifest.preprocessing.get("resize")
+    if manifest.assumptions.get("resize") != (None if resize is None else str(resize)):
+        assumed = manifest.assumptions.get("resize", "none")
+        raise fields["preprocessing"].wrong(f"a resize of {assumed}, as in assumptions.resize")
     for name, shape in shapes.items():
         if len(shape) == 4:
             _check_sizes(manifest, fields, name, shape)

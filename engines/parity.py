@@ -48,10 +48,23 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What a comparison must satisfy: a largest relative error, and whether top-1 flips are counted."""
+    """What a comparison must satisfy: a largest relative error, whether top-1 flips are counted, a least SQNR.
+
+    The relative error is that of the worst number alone. Where many numbers are off by design, as in INT8, it must be
+    wide, and the SQNR says what the noise comes to over all of them.
+    """
 
     max_relative_error: float
     top1: bool
+    min_sqnr_db: float | None = None
+
+    def figures(self, comparison: Comparison) -> str:
+        """What was found beside what is asked for."""
+        least = "" if self.min_sqnr_db is None else f" (gate {self.min_sqnr_db:g} dB)"
+        return (
+            f"relative error {comparison.relative_error:.1e} (gate {self.max_relative_error:.1e}), "
+            f"SQNR {comparison.sqnr_db:.1f} dB{least}"
+        )
 
     def failure(self, comparison: Comparison) -> str | None:
         """Why ``comparison`` does not pass, or None when it does. A NaN never passes."""
@@ -59,6 +72,8 @@ class Gate:
             return f"{comparison.non_finite} outputs are NaN or infinite"
         if not comparison.relative_error <= self.max_relative_error:
             return f"relative error {comparison.relative_error:.2e} exceeds {self.max_relative_error:.1e}"
+        if self.min_sqnr_db is not None and not comparison.sqnr_db >= self.min_sqnr_db:
+            return f"SQNR {comparison.sqnr_db:.1f} dB is below {self.min_sqnr_db:g} dB"
         if self.top1 and comparison.decided_flips:
             return f"top-1 differs in {comparison.decided_flips} of {comparison.rows} rows beyond the error's reach"
         return None
@@ -67,6 +82,7 @@ class Gate:
 GATES = {
     "fp32": Gate(max_relative_error=5e-6, top1=True),
     "fp16": Gate(max_relative_error=5e-3, top1=True),
+    "int8": Gate(max_relative_error=0.25, top1=False, min_sqnr_db=20.0),
 }
 """By precision, against the training-time network in float64."""
 

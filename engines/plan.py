@@ -7,9 +7,11 @@ What stands in a TensorRT for RTX plan (little endian, undocumented, read off fi
     32  u32 mask of compute capabilities, bit i for CARDS[i], bit 6 for cards newer than those
     64  chunk table, 24 bytes an entry: tag, u64 offset, u64 size
           'NGNE'  the engine: among other things its program as text, and a smaller program per run-time fusion
-          'THGW'  the weights: payloads one after the other, each beginning on a multiple of 128 bytes
+                  At byte 218 of it, behind the tag of a u64, stands how many bytes of the weights are not the program's
+          'THGW'  the weights: first those bytes (none but in INT8), then the program's payloads one after the other,
+                  each beginning a multiple of 128 bytes after the first
 
-The program's text names each kernel (``corrltn`` is a convolution), the ONNX nodes that it covers, its inputs and
+The program's text names each kernel (see ``engines.plan_kernels``), the ONNX nodes that it covers, its inputs and
 outputs, and, in ``descriptors``, their types, shapes and memory layout. A constant's ``offset`` is its rank among the
 payloads, so its bytes are found by adding up the sizes of those before it. Nothing is searched for and nothing guessed:
 a file of another version is reported as not audited, and one that contradicts itself raises ``PlanRejected``.
@@ -22,7 +24,6 @@ import mmap
 import pathlib
 import re
 import struct
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,20 @@ from numpy.typing import NDArray
 
 from engines.errors import InputRejected
 from engines.plan_constants import Constant, constants_from_program
-from engines.plan_program import Fields, Program, names, onnx_nodes
+from engines.plan_kernels import (
+    ConvolutionKernel,
+    FunctionKernel,
+    Kernel,
+    MatrixKernel,
+    kernels_from_programs,
+)
+from engines.plan_program import Program
 
 AUDITED_VERSIONS = ((1, 7, 1, 116),)
 CARDS = (75, 80, 86, 89, 120, 121)
 NEWER_CARDS_BIT = 6
 HEADER_BYTES = 64
-OTHER_KERNELS = ("function", "runtime_fusion")
+WEIGHTS_BEFORE, U64 = 218, 0x00018009
 SDK_TAGS = {b"vtrt": "tensorrt_rtx", b"ftrt": "tensorrt"}
 
 _PROGRAM = re.compile(rb"header \{\n[^\x00]*")
@@ -63,47 +71,6 @@ class Header:
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightedKernel:
-    """A kernel that multiplies by weights: the ONNX nodes in it, the dtypes that go in and out, what it reads."""
-
-    onnx_nodes: tuple[str, ...]
-    input_dtype: str
-    weight_dtype: str
-    output_dtype: str
-    relu: bool
-    weight: Constant | None
-    constants: tuple[Constant, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvolutionKernel(WeightedKernel):
-    """One compiled convolution; its weight stands as (out, in / groups, height, width)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixKernel(WeightedKernel):
-    """One compiled product of matrices: a Gemm, or a 1x1 convolution of many channels.
-
-    ``weight_first`` says whether the weight stands as (out, in), as the first factor does, or as (in, out).
-    """
-
-    weight_first: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class FunctionKernel:
-    """Any other kernel, with the ONNX nodes in it and the constants it reads.
-
-    Generated code may hold a small 1x1 convolution, and the bias of a convolution whose own kernel has none.
-    ``behind`` are the nodes whose results it reads, by the kernels that make them.
-    """
-
-    onnx_nodes: tuple[str, ...]
-    constants: tuple[Constant, ...]
-    behind: frozenset[str] = frozenset()
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """An engine file's program and constants."""
 
@@ -117,14 +84,18 @@ class Plan:
     data: Any
 
     @property
+    def launched(self) -> tuple[Kernel, ...]:
+        """Every kernel."""
+        return (*self.convolutions, *self.matrices, *self.functions)
+
+    @property
     def kernels(self) -> int:
         """How many kernels are launched on the card for one inference."""
-        return len(self.convolutions) + len(self.matrices) + len(self.functions)
+        return len(self.launched)
 
     def constants_of(self, node: str) -> list[Constant]:
         """Every constant that a kernel with the ONNX node in it reads."""
-        kernels: list[WeightedKernel | FunctionKernel] = [*self.convolutions, *self.matrices, *self.functions]
-        return [constant for kernel in kernels if node in kernel.onnx_nodes for constant in kernel.constants]
+        return [constant for kernel in self.launched if node in kernel.onnx_nodes for constant in kernel.constants]
 
     def constants_behind(self, node: str) -> list[Constant]:
         """Every constant that generated code reads together with the result of a kernel with the ONNX node in it."""
@@ -207,43 +178,17 @@ def _plan_from_chunks(data: Any, header: Header) -> Plan:
     if not texts:
         raise ValueError("it holds no program")
     main, *fusions = (Program(text) for text in texts)
-    constants = constants_from_program(main, weights_start, weights_end)
-    convolutions, matrices, functions = [], [], []
-    made_by: dict[str, tuple[str, ...]] = {}
-    for kind, fields in main.operations:
-        backbone = fields.get("backbone") if kind == "runtime_fusion" else None
-        if kind == "corrltn" or backbone == "conv":
-            convolutions.append(_convolution(*_launched("corrltn", kind, fields, main, fusions), fields, constants))
-        elif kind == "fully_connected" or backbone == "gemm":
-            matrices.append(_matrix(*_launched("fully_connected", kind, fields, main, fusions), fields, constants))
-        elif kind in OTHER_KERNELS:
-            behind = frozenset(node for tensor in main.reads(fields) for node in made_by.get(main.base(tensor), ()))
-            functions.append(FunctionKernel(onnx_nodes(fields), _constants_read(main, fields, constants), behind))
-        made_by |= dict.fromkeys(map(main.base, main.writes(fields)), onnx_nodes(fields))
-    tf32 = any(program.tf32 for program in (main, *fusions))
-    return Plan(header, tuple(convolutions), tuple(matrices), tuple(functions), tuple(constants.values()), tf32, data)
-
-
-def _launched(
-    wanted: str, kind: str, launch: Fields, main: Program, fusions: Sequence[Program]
-) -> tuple[Program, Fields]:
-    """The operation of the ``wanted`` kind that a launch in ``main`` computes, itself or in a fused program of its own.
-
-    Returns:
-        The program that it stands in, and its fields there.
-    """
-    if kind == wanted:
-        return main, launch
-    nodes = set(onnx_nodes(launch))
-    found = [
-        (program, fields)
-        for program in fusions
-        for kind, fields in program.operations
-        if kind == wanted and nodes.intersection(onnx_nodes(fields))
-    ]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} fused programs stand for {', '.join(sorted(nodes))}")
-    return found[0]
+    constants = constants_from_program(main, weights_start + _preceding(data, engine_start), weights_end)
+    kernels = kernels_from_programs(main, fusions, constants)
+    return Plan(
+        header,
+        convolutions=tuple(kernel for kernel in kernels if isinstance(kernel, ConvolutionKernel)),
+        matrices=tuple(kernel for kernel in kernels if isinstance(kernel, MatrixKernel)),
+        functions=tuple(kernel for kernel in kernels if isinstance(kernel, FunctionKernel)),
+        constants=tuple(constants.values()),
+        tf32=any(program.tf32 for program in (main, *fusions)),
+        data=data,
+    )
 
 
 def _chunk(data: Any, index: int, tag: bytes) -> tuple[int, int]:
@@ -254,39 +199,9 @@ def _chunk(data: Any, index: int, tag: bytes) -> tuple[int, int]:
     return start, start + size
 
 
-def _convolution(
-    program: Program, fields: Fields, launch: Fields, constants: Mapping[str, Constant]
-) -> ConvolutionKernel:
-    """A kernel from its launch in the main program and the ``corrltn`` inside (the same, where nothing is fused)."""
-    image, weight = names(fields["input"])[:2]
-    return ConvolutionKernel(*_weighted(program, fields, launch, constants, image, weight))
-
-
-def _matrix(program: Program, fields: Fields, launch: Fields, constants: Mapping[str, Constant]) -> MatrixKernel:
-    """As ``_convolution``, from a ``fully_connected``; of its two factors either may be the weight."""
-    factors = names(fields["input"])[:2]
-    first = factors[0] in constants and factors[1] not in constants
-    weight, other = factors if first else reversed(factors)
-    turned = fields.get("trA" if first else "trB") == "true"
-    return MatrixKernel(*_weighted(program, fields, launch, constants, other, weight), weight_first=first != turned)
-
-
-def _weighted(
-    program: Program, fields: Fields, launch: Fields, constants: Mapping[str, Constant], source: str, weight: str
-) -> tuple[tuple[str, ...], str, str, str, bool, Constant | None, tuple[Constant, ...]]:
-    """The fields of a ``WeightedKernel`` in their order."""
-    fused = launch is not fields
-    result = program.writes(program.operations[-1][1] if fused else fields)[0]
-    return (
-        onnx_nodes(launch),
-        program.dtype(source),
-        program.dtype(weight),
-        program.dtype(result),
-        fields.get("relu") == "true" or (fused and any(kind == "relu" for kind, _ in program.operations)),
-        constants.get(weight),
-        _constants_read(program, launch, constants),
-    )
-
-
-def _constants_read(program: Program, launch: Fields, constants: Mapping[str, Constant]) -> tuple[Constant, ...]:
-    return tuple(constants[name] for name in program.reads(launch) if name in constants)
+def _preceding(data: Any, engine_start: int) -> int:
+    """How many bytes stand before the program's own in the chunk of weights."""
+    tag, size = struct.unpack_from("<IQ", data, engine_start + WEIGHTS_BEFORE)
+    if tag != U64:
+        raise ValueError("it does not say where its program's weights begin")
+    return int(size)

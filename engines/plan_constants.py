@@ -30,8 +30,8 @@ def constants_from_program(program: Program, start: int, end: int) -> dict[str, 
 
     Args:
         program: the plan's main program.
-        start: of the chunk of weights, in bytes from the file's start.
-        end: of that chunk.
+        start: of the program's payloads, in bytes from the file's start.
+        end: of the chunk of weights, which they end.
 
     Raises:
         ValueError: the descriptors contradict each other or the chunk.

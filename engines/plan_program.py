@@ -47,6 +47,17 @@ class Program:
         kind = self.descriptors[tensor]["type"]
         return NUMPY_DTYPES.get(kind, kind)
 
+    def dims(self, tensor: str) -> tuple[int | str, ...]:
+        """A tensor's extents; one that is free stands as the name of the tensor that has its value."""
+        return tuple(
+            int(word) if word.isdigit() else word.strip('"')
+            for word in self.descriptors[tensor]["dims"].strip("{} ").split()
+        )
+
+    def is_outside(self, tensor: str) -> bool:
+        """Whether a tensor stands in no memory of the engine's own, as its inputs and outputs do."""
+        return self.descriptors.get(self.base(tensor), {}).get("region") == '""'
+
     def base(self, tensor: str) -> str:
         """The tensor that ``tensor`` is another view of, or itself."""
         return self.descriptors.get(tensor, {}).get("base", tensor).strip('"')

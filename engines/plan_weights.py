@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.plan import MatrixKernel, Plan
+from engines.plan import Plan
 from engines.plan_constants import Constant
+from engines.plan_kernels import MatrixKernel
 from engines.plan_program import NUMPY_DTYPES
 
 _NUMPY_NAMES = frozenset(NUMPY_DTYPES.values())
@@ -52,13 +53,10 @@ def missing(plan: Plan, node: str, **expected: NDArray[Any]) -> tuple[tuple[str,
     Returns:
         Problems, and what is only unread: a single number may have become part of the code.
     """
-    own, behind = (
-        [plan.array(constant) for constant in constants if constant.dtype in _NUMPY_NAMES]
-        for constants in (plan.constants_of(node), plan.constants_behind(node))
-    )
+    own, behind = arrays_of(plan, plan.constants_of(node)), arrays_of(plan, plan.constants_behind(node))
     problems, unread = [], []
     for what, array in expected.items():
-        if _matrix_stands(own, array) if array.ndim == 2 else _vector_stands([*own, *behind], array):
+        if _matrix_stands(own, array) if array.ndim == 2 else vector_stands([*own, *behind], array):
             continue
         if array.ndim == 2 and _columns_stand(own, array):
             if array.shape[1] > 1:
@@ -73,8 +71,13 @@ def missing(plan: Plan, node: str, **expected: NDArray[Any]) -> tuple[tuple[str,
     return tuple(problems), tuple(unread)
 
 
-def _vector_stands(stored: Sequence[NDArray[Any]], vector: NDArray[Any]) -> bool:
-    """Whether the vector is a constant, perhaps padded by zeros."""
+def arrays_of(plan: Plan, constants: Iterable[Constant]) -> list[NDArray[Any]]:
+    """The values of those constants whose type numpy has."""
+    return [plan.array(constant) for constant in constants if constant.dtype in _NUMPY_NAMES]
+
+
+def vector_stands(stored: Sequence[NDArray[Any]], vector: NDArray[Any]) -> bool:
+    """Whether the vector (n,) is one of the arrays, perhaps padded by zeros."""
     flat = (array.reshape(-1) for array in stored)
     return any(_bits_equal(array[: vector.size], vector) and not array[vector.size :].any() for array in flat)
 

@@ -6,7 +6,9 @@ The steps are those of the usual evaluation on ImageNet, which the authors of Re
     colours       converted to RGB, or to grey for a network of one channel. Transparency is dropped, as the usual image
                   loaders of training do: what counts is the colour that stands in the file
     size          an image of the network's size stays as it is. Any other is scaled (bilinear, antialiased) until it
-                  just covers the network's size divided by 0.875, and the centre is cut out: 224 means 256, then 224
+                  just covers the network's size divided by 0.875, and the centre is cut out: 224 means 256, then 224.
+                  With ``resize`` the shorter side of every image is scaled to it instead, also of one that would fit,
+                  as torchvision's Resize and CenterCrop do
     numbers       scaled to 0..1, minus the mean, divided by the standard deviation, channel by channel
 """
 
@@ -15,9 +17,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,21 +39,27 @@ LARGEST_SCALED = 1 << 26
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
-    """``mean`` and ``std`` per channel in units of 0..1; ``size`` is (height, width); ``channels`` 1 or 3."""
+    """``mean`` and ``std`` per channel in units of 0..1; ``size`` is (height, width); ``channels`` 1 or 3.
+
+    ``resize`` is what the shorter side is scaled to before the centre is cut out; None for what the size asks for.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]
     channels: int
+    resize: int | None = None
 
     @property
     def line(self) -> str:
         """What is done to an image, in one line."""
         height, width = self.size
         colours = "RGB" if self.channels == 3 else "grey"
-        covered = f"{round(height / CROP)}x{round(width / CROP)}"
+        scaled = f"any other size is scaled to cover {round(height / CROP)}x{round(width / CROP)}"
+        if self.resize is not None:
+            scaled = f"the shorter side is scaled to {self.resize}"
         return (
-            f"{colours}, {height}x{width} (any other size is scaled to cover {covered}, and the centre cut out), "
+            f"{colours}, {height}x{width} ({scaled}, and the centre cut out), "
             f"pixels in 0..1 minus {_listed(self.mean)}, divided by {_listed(self.std)}"
         )
 
@@ -61,10 +70,90 @@ class Preprocessing:
             InputRejected: not an image of 8 bits per channel that can be read, or too large to be meant.
             SdkMissing: Pillow is not installed.
         """
-        pixels = _pixels(path, MODES[self.channels], self.size)
-        mean, std = (np.array(values, np.float32) for values in (self.mean, self.std))
-        normalised = (pixels.reshape(*self.size, self.channels).astype(np.float32) / np.float32(255) - mean) / std
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None], np.float32)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                pixels = self.pixels_from_image(path)
+        except SdkMissing:
+            raise
+        except FileNotFoundError:
+            raise InputRejected(f"{path}: no such image; check the path") from None
+        except Exception as error:  # a damaged image raises whatever its decoder pleases
+            raise InputRejected(f"{path}: no image can be read here ({first_line(error)})") from error
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        normalised = (pixels.astype(np.float32) / np.float32(255) - mean) / std
+        return np.ascontiguousarray(normalised[None], np.float32)
+
+    def pixels_from_image(
+        self, file: pathlib.Path | IO[bytes], formats: tuple[str, ...] | None = None
+    ) -> NDArray[np.uint8]:
+        """All steps but the last: (channels, height, width), uint8.
+
+        It may run in many threads at once, so it leaves the filters of warnings, which are the whole process's, as they
+        are: Pillow's own warnings are for the caller to turn off.
+
+        Args:
+            file: a path, or a file that is open.
+            formats: those of Pillow that are tried; None for all that it knows.
+
+        Raises:
+            SdkMissing: Pillow is not installed.
+            Exception: whatever the decoder of a damaged image pleases.
+        """
+        image_module = pillow_image()
+        from PIL import ImageOps
+
+        with image_module.open(file, formats=formats) as image:
+            if image.mode not in EIGHT_BIT_MODES:
+                raise ValueError(f"pixels of kind {image.mode}; convert it to 8 bits per channel")
+            count, most = image.width * image.height, image_module.MAX_IMAGE_PIXELS
+            if most is not None and count > most:
+                raise ValueError(f"Image size ({count} pixels) exceeds {most}, so it may be a decompression bomb")
+            turned = ImageOps.exif_transpose(image).convert(MODES[self.channels])
+            pixels = np.asarray(self._resized(turned), np.uint8)
+        return np.ascontiguousarray(pixels.reshape(*self.size, self.channels).transpose(2, 0, 1))
+
+    def _resized(self, image: Any) -> Any:
+        """See the module; all sizes are (height, width) but for Pillow's own, which are (width, height)."""
+        height, width = self.size
+        if self.resize is None and (image.height, image.width) == self.size:
+            return image
+        least = (round(height / CROP), round(width / CROP)) if self.resize is None else (self.resize, self.resize)
+        scaled = _covering((image.height, image.width), least)
+        if scaled[0] * scaled[1] > LARGEST_SCALED:
+            raise ValueError(f"{image.width}x{image.height} pixels are too narrow for {width}x{height}; cut it first")
+        larger = image.resize((scaled[1], scaled[0]), pillow_image().Resampling.BILINEAR)
+        top, left = round((scaled[0] - height) / 2), round((scaled[1] - width) / 2)
+        return larger.crop((left, top, left + width, top + height))
+
+
+def pillow_image() -> Any:
+    """Pillow's module ``Image``.
+
+    Raises:
+        SdkMissing: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise SdkMissing(
+            "Pillow, which reads images, is not installed here; pip install 'repvgg-exporter[images]'"
+        ) from error
+    return Image
+
+
+def resize_from_assumptions(assumptions: Mapping[str, str]) -> int | None:
+    """What ``assumptions.resize`` says, in pixels; None where nothing is said.
+
+    Raises:
+        ValueError: it is not a whole number above 0.
+    """
+    text = assumptions.get("resize")
+    if text is None:
+        return None
+    if re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII) is None:
+        raise ValueError(f"resize: {text!r} is not a number of pixels")
+    return int(text)
 
 
 def preprocessing_from_manifest(manifest: Manifest, where: str) -> Preprocessing:
@@ -75,7 +164,8 @@ def preprocessing_from_manifest(manifest: Manifest, where: str) -> Preprocessing
     """
     fields = manifest.preprocessing
     height, width = fields["size"]
-    return _checked(Preprocessing(fields["mean"], fields["std"], (height, width), fields["channels"]), where)
+    found = Preprocessing(fields["mean"], fields["std"], (height, width), fields["channels"], fields.get("resize"))
+    return _checked(found, where)
 
 
 def preprocessing_from_metadata(
@@ -94,10 +184,12 @@ def preprocessing_from_metadata(
         value = value_from_bytes(metadata["assumptions"])
         mean, std = (_numbers(value.field(name).text()) for name in ("mean", "std"))
         size, sizes = size_and_range_from_text(value.field("size").text())
+        said = value.items().get("resize")
+        resize = resize_from_assumptions({} if said is None else {"resize": said.text()})
     except (Malformed, ValueError) as error:
         raise InputRejected(f"{where}: metadata assumptions: {first_line(error)}; export it again") from error
     made = (description.shape[1], *size)
-    found = Preprocessing(mean, std, size, description.shape[1] or len(mean))
+    found = Preprocessing(mean, std, size, description.shape[1] or len(mean), resize)
     is_free = description.shape[2:] == (None, None)
     if any(fixed not in (None, extent) for fixed, extent in zip(description.shape[1:], made, strict=True)) or (
         sizes is not None and not is_free
@@ -114,44 +206,10 @@ def _checked(found: Preprocessing, where: str) -> Preprocessing:
         raise InputRejected(f"{where}: mean and std are not {found.channels} numbers each; export it again")
     if min(found.std) <= 0 or min(found.size) < 1:
         raise InputRejected(f"{where}: std and size must be above 0; export it again")
+    if found.resize is not None and found.resize < max(found.size):
+        height, width = found.size
+        raise InputRejected(f"{where}: images scaled to {found.resize} do not cover {height}x{width}; export it again")
     return found
-
-
-def _pixels(path: pathlib.Path, mode: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise SdkMissing(
-            "Pillow, which reads images, is not installed here; pip install 'repvgg-exporter[images]'"
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.mode not in EIGHT_BIT_MODES:
-                    raise ValueError(f"pixels of kind {image.mode}; convert it to 8 bits per channel")
-                turned = ImageOps.exif_transpose(image).convert(mode)
-                return np.asarray(_resized(turned, size), np.uint8)
-    except FileNotFoundError:
-        raise InputRejected(f"{path}: no such image; check the path") from None
-    except Exception as error:  # a damaged image raises whatever its decoder pleases
-        raise InputRejected(f"{path}: no image can be read here ({first_line(error)})") from error
-
-
-def _resized(image: Any, size: tuple[int, int]) -> Any:
-    """See the module; ``size`` and all inside are (height, width) but for Pillow's own, which are (width, height)."""
-    height, width = size
-    if (image.height, image.width) == size:
-        return image
-    scaled = _covering((image.height, image.width), (round(height / CROP), round(width / CROP)))
-    if scaled[0] * scaled[1] > LARGEST_SCALED:
-        raise ValueError(f"{image.width}x{image.height} pixels are too narrow for {width}x{height}; cut it first")
-    from PIL import Image
-
-    larger = image.resize((scaled[1], scaled[0]), Image.Resampling.BILINEAR)
-    top, left = round((scaled[0] - height) / 2), round((scaled[1] - width) / 2)
-    return larger.crop((left, top, left + width, top + height))
 
 
 def _covering(size: tuple[int, int], least: tuple[int, int]) -> tuple[int, int]:

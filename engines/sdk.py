@@ -111,6 +111,15 @@ def _check_rtx_cards(cards: Sequence[int]) -> None:
         )
 
 
+def check_precision(sdk: Sdk, precision: str, cards: Sequence[int]) -> None:
+    """Raises ``UsageError`` for a card on which the compiler would quietly make something else of the ``precision``."""
+    if precision == "int8" and not sdk.needs_gpu and TURING in cards:
+        raise UsageError(
+            f"--gpu sm{TURING}: {sdk.title} has no INT8 convolutions for Turing, and would compute them in half; "
+            f"use --trt fp16, or build model.int8.onnx with --sdk tensorrt on that card"
+        )
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what shapes a result: the compilers, ONNX Runtime, numpy."""
     names = ("tensorrt", "tensorrt-rtx-cu12", "onnxruntime", "onnxruntime-gpu", "numpy")

@@ -2,8 +2,8 @@
 
 The exporter puts into that file's metadata what its tensors do not say: ``precision``, ``checkpoint_sha256``, and the
 ``assumptions`` as JSON, among them ``mean``, ``std`` (comma-separated, in units of 0..1) and ``size`` (HxW, or three of
-them where height and width are free). A sidecar needs nothing else, and a machine with a GPU makes the same one as the
-machine that exported.
+them where height and width are free), and ``resize`` where the shorter side of images is scaled to so many pixels. A
+sidecar needs nothing else, and a machine with a GPU makes the same one as the machine that exported.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from engines.manifest import Manifest
 from engines.onnx_file import OnnxFile
 from engines.parity import GATES
 from engines.plan import Header
+from engines.preprocessing import resize_from_assumptions
 from engines.sdk import gpu_compute_capability
 from engines.sizes import Size, Sizes, size_and_range_from_text, text_of_sizes
 
@@ -33,7 +34,8 @@ BATCH, HEIGHT, WIDTH = "N", "height", "width"
 class Origin:
     """Where a typed ONNX file comes from, by its metadata; mean and std are per channel.
 
-    ``sizes`` has minimum, optimum and maximum where height and width are free; ``size`` is then the optimum.
+    ``sizes`` has minimum, optimum and maximum where height and width are free; ``size`` is then the optimum. ``resize``
+    is what the shorter side of images is scaled to; None for the usual of ``engines.preprocessing``.
     """
 
     precision: str
@@ -43,6 +45,7 @@ class Origin:
     std: tuple[float, ...]
     size: Size
     sizes: Sizes | None
+    resize: int | None
 
 
 def origin_from_onnx(onnx: OnnxFile) -> Origin:
@@ -81,7 +84,7 @@ def _is_known(shape: tuple[int | None, ...], sizes: Sizes | None) -> bool:
     return None not in (shape[1:] if sizes is None or len(shape) != 4 else shape[1:2])
 
 
-_Assumed = tuple[dict[str, str], tuple[float, ...], tuple[float, ...], Size, Sizes | None]
+_Assumed = tuple[dict[str, str], tuple[float, ...], tuple[float, ...], Size, Sizes | None, int | None]
 
 
 def _assumptions(text: str) -> _Assumed | None:
@@ -90,11 +93,12 @@ def _assumptions(text: str) -> _Assumed | None:
         values = {str(key): str(value) for key, value in json.loads(text).items()}
         mean, std = (tuple(float(number) for number in values[key].split(",")) for key in ("mean", "std"))
         size, sizes = size_and_range_from_text(values["size"])
+        resize = resize_from_assumptions(values)
     except (ValueError, KeyError, AttributeError, RecursionError):
         return None
     if not all(math.isfinite(number) for number in (*mean, *std)) or min(std) <= 0:
         return None
-    return values, mean, std, size, sizes
+    return values, mean, std, size, sizes, resize
 
 
 def compute_capabilities(header: Header, options: Options | None = None) -> tuple[int, ...]:
@@ -142,6 +146,12 @@ def manifest_from_build(
         profile = {value.name: tuple(profile_shapes(value.name, value.shape, batch, sizes)) for value in onnx.inputs}
     except ValueError as error:
         raise InputRejected(f"{onnx.path}: {error}") from error
+    if origin.resize is not None and origin.resize < max(size):
+        raise InputRejected(
+            f"{onnx.path}: images scaled to {origin.resize}, as its assumptions say, do not cover "
+            f"{size[0]}x{size[1]}; build it for a smaller --size, or export it again with a larger --resize"
+        )
+    resized = {} if origin.resize is None else {"resize": origin.resize}
     return Manifest(
         name=name,
         precision=origin.precision,
@@ -153,7 +163,13 @@ def manifest_from_build(
             _described(value, (BATCH, "", f"{value.name}_{HEIGHT}", f"{value.name}_{WIDTH}")) for value in onnx.outputs
         ),
         profile=profile,
-        preprocessing={"mean": origin.mean, "std": origin.std, "size": size, "channels": len(origin.mean)},
+        preprocessing={
+            "mean": origin.mean,
+            "std": origin.std,
+            "size": size,
+            "channels": len(origin.mean),
+            **resized,
+        },
         assumptions=assumptions,
         tolerance=GATES[origin.precision].max_relative_error,
         audit=dict(audit),

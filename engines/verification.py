@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from engines.audit import audit_of_file, expected_from_onnx
 from engines.errors import InputRejected, ReportedError, SdkMissing, listed
-from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden, golden_from_file
 from engines.integrity import cards_text, check_sdk_installed, checked_engine
-from engines.kind import ENGINE_SUFFIX, ONNX, kind_of_file
+from engines.kind import ENGINE_SUFFIX, ONNX, graph_of_engine, graphs_beside, kind_of_file
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.onnx_file import onnx_file_from_path
 from engines.parity import GATES, Gate, compare
@@ -100,7 +99,8 @@ class Verification:
         if (path.parent / REPORT_NAME).is_file():
             try:
                 report = report_from_file(path.parent / REPORT_NAME)
-                names = {path.name, sidecar_path(path).name, path.with_suffix(".onnx").name, GOLDEN_NAME}
+                graphs = {graph.name for graph in graphs_beside(path)}
+                names = {path.name, sidecar_path(path).name, *graphs, GOLDEN_NAME}
                 yield from _listed_findings(report, path.parent, names)
             except InputRejected as error:
                 yield Finding(REPORT_NAME, LISTED, passed=False, detail=str(error))
@@ -128,8 +128,7 @@ class Verification:
         finding = functools.partial(Finding, path.name, RUN, engine=True)
         if self.static:
             return finding(passed=None, detail="left out by --static")
-        known = GATES.get(manifest.precision)
-        gate = Gate(manifest.tolerance, top1=known is None or known.top1)
+        gate = _gate(manifest.precision, manifest.tolerance)
         try:
             check_sdk_installed(path, header, manifest)
             if gpu_compute_capability(self.device) is None:
@@ -188,15 +187,16 @@ def _built_again(folder: pathlib.Path, name: str, problems: Collection[str], rep
     So a refusal's advice, to build the engine again, makes no failure. Its new sidecar must allow no more than the
     export did; that it agrees with the engine, and the engine with the graph, is what the other checks say.
     """
-    graph, sidecar = pathlib.Path(name).with_suffix(".onnx").name, sidecar_path(folder / name)
-    if sidecar.name not in problems or graph in problems:
+    sidecar = sidecar_path(folder / name)
+    graphs = {graph.name for graph in graphs_beside(folder / name)}.difference(problems)
+    if sidecar.name not in problems:
         return False
     try:
         manifest = manifest_from_file(sidecar)
     except InputRejected:
         return False
     gate = _gate_of(manifest.precision, report)
-    from_listed = any(file.name == graph and file.sha256 == manifest.sha256["onnx"] for file in report.files)
+    from_listed = any(file.name in graphs and file.sha256 == manifest.sha256["onnx"] for file in report.files)
     return from_listed and gate is not None and manifest.tolerance <= gate.max_relative_error
 
 
@@ -220,12 +220,14 @@ def _telling_golden(path: pathlib.Path) -> Golden:
 
 def _audit_finding(path: pathlib.Path, manifest: Manifest) -> Finding:
     finding = functools.partial(Finding, path.name, AUDIT, engine=True)
-    onnx = path.with_suffix(".onnx")
-    if not onnx.is_file():
-        return finding(passed=None, detail=f"its typed graph {onnx.name} is not beside it")
+    there = [graph.name for graph in graphs_beside(path) if graph.is_file()]
+    if not there:
+        return finding(passed=None, detail=f"its typed graph {graphs_beside(path)[0].name} is not beside it")
     try:
-        if sha256_of(onnx) != manifest.sha256["onnx"]:
-            return finding(passed=False, detail=f"{onnx.name} beside it is not the graph that it was compiled from")
+        onnx = graph_of_engine(path, manifest.sha256["onnx"])
+        if onnx is None:
+            which = "is not the graph" if len(there) == 1 else "are not the graph"
+            return finding(passed=False, detail=f"{listed(there)} beside it {which} that it was compiled from")
         audit = audit_of_file(path, *expected_from_onnx(onnx_file_from_path(onnx)))
     except InputRejected as error:
         return finding(passed=False, detail=_without(path, error))
@@ -236,10 +238,15 @@ def _audit_finding(path: pathlib.Path, manifest: Manifest) -> Finding:
 
 def _gate_of(precision: str, report: ReportFile | None) -> Gate | None:
     """The report's gate, if it has one for this precision, else the usual one."""
-    usual = GATES.get(precision)
     if report is not None and precision in report.gates:
-        return Gate(report.gates[precision], top1=usual is None or usual.top1)
-    return usual
+        return _gate(precision, report.gates[precision])
+    return GATES.get(precision)
+
+
+def _gate(precision: str, tolerance: float) -> Gate:
+    """The gate of the precision with another largest relative error."""
+    usual = GATES.get(precision, Gate(tolerance, top1=True))
+    return dataclasses.replace(usual, max_relative_error=tolerance)
 
 
 def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: pathlib.Path, gate: Gate) -> Finding:
@@ -255,10 +262,7 @@ def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: 
     mixed_up = [] if failure else golden.mixed_up(answers)
     if mixed_up:
         failure = f"answer {mixed_up[0]} is nearer to that of another image: rows are mixed up, or all alike"
-    detail = (
-        f"{_worst_of(golden, answers)}relative error {comparison.relative_error:.1e} "
-        f"(gate {gate.max_relative_error:.1e}), SQNR {comparison.sqnr_db:.1f} dB"
-    )
+    detail = f"{_worst_of(golden, answers)}{gate.figures(comparison)}"
     if golden.layout.ranked:
         detail += f", top-1 agrees on {comparison.rows - len(comparison.flips)} of {comparison.rows}"
     if not golden.tells_apart(gate):

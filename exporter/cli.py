@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from engines.arguments import integers_from_text
 from engines.console import Parser, exit_code_of
 from engines.interrupts import Interrupts
 from exporter.errors import (
@@ -19,6 +20,7 @@ from exporter.errors import (
     VerificationFailed,
 )
 from exporter.request import (
+    EFFORTS,
     PRECISION_NAMES,
     WEIGHTS,
     Request,
@@ -84,14 +86,31 @@ def _parser() -> Parser:
 
     add_assumptions(parser)
 
+    int8 = parser.add_argument_group("INT8, which needs --calib")
+    int8.add_argument(
+        "--int8-effort",
+        default="default",
+        metavar="|".join(EFFORTS),
+        help="high rounds weights by what they do to the results, and takes longer",
+    )
+    int8.add_argument("--int8-report", action="store_true", help="say what each layer in INT8 costs")
+    int8.add_argument(
+        "--int8-budget", metavar="DB", help="keep as few layers out of INT8 as it takes for so many decibels of SQNR"
+    )
+
     proof = parser.add_argument_group("what to prove it on")
     proof.add_argument(
         "--calib",
         type=pathlib.Path,
-        metavar="NPZ",
+        metavar="FOLDER|NPZ",
         help="real images, compared on instead of noise; the batch norms must know them",
     )
-    proof.add_argument("--labels", type=pathlib.Path, metavar="NPZ", help="images and labels: top-1 of every precision")
+    proof.add_argument(
+        "--labels",
+        type=pathlib.Path,
+        metavar="FOLDER|NPZ",
+        help="images and labels: top-1 of every precision; of a folder, each class is one in it",
+    )
     proof.add_argument("--max-drop", metavar="POINTS", help="with --labels: the most top-1 that a precision may lose")
     proof.add_argument(
         "--expect", type=pathlib.Path, metavar="NPZ", help="input and output of your own model: must be reproduced"
@@ -122,6 +141,9 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
     )
     told.add_argument("--std", metavar="S[,S,S]", help="as --mean")
     told.add_argument(
+        "--resize", metavar="N", help="scale the shorter side of images in a folder to N before --size is cut out"
+    )
+    told.add_argument(
         "--arch", metavar="NAME", help="a published network that it must be, as in A0, D2se, MobileOne-S0"
     )
     told.add_argument("--ignore-keys", action="append", default=[], metavar="GLOB", help="tensors that may go unused")
@@ -132,10 +154,11 @@ def assumptions_from(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "weights": arguments.weights,
         "strides": None if arguments.strides is None else strides_from_text(arguments.strides),
-        "eps": None if arguments.eps is None else _one_number("--eps", arguments.eps, "1e-5"),
+        "eps": _optional_number("--eps", arguments.eps, "1e-5"),
         "arch": arguments.arch,
         "mean": None if arguments.mean is None else floats_from_text("--mean", arguments.mean),
         "std": None if arguments.std is None else floats_from_text("--std", arguments.std),
+        "resize": None if arguments.resize is None else _whole_number("--resize", arguments.resize),
         "ignore_keys": tuple(arguments.ignore_keys),
     }
 
@@ -163,8 +186,11 @@ def _request(arguments: argparse.Namespace) -> Request:
         size_range=size_range,
         batch=batch_from_text(arguments.batch),
         calibration=arguments.calib,
+        int8_effort=arguments.int8_effort,
+        int8_report=arguments.int8_report,
+        int8_budget=_optional_number("--int8-budget", arguments.int8_budget, "35"),
         labels=arguments.labels,
-        max_drop=None if arguments.max_drop is None else _one_number("--max-drop", arguments.max_drop, "0.5"),
+        max_drop=_optional_number("--max-drop", arguments.max_drop, "0.5"),
         expect=arguments.expect,
         ignore_witness=arguments.ignore_witness,
         layers=arguments.layers,
@@ -175,22 +201,31 @@ def _request(arguments: argparse.Namespace) -> Request:
     )
 
 
-def _one_number(flag: str, text: str, example: str) -> float:
+def _optional_number(flag: str, text: str | None, example: str) -> float | None:
+    if text is None:
+        return None
     numbers = floats_from_text(flag, text)
     if len(numbers) != 1:
         raise UsageError(f"{flag}: {text!r} is not one number, as in {example}")
     return numbers[0]
 
 
+def _whole_number(flag: str, text: str) -> int:
+    numbers = integers_from_text(flag, text, ",")
+    if len(numbers) != 1:
+        raise UsageError(f"{flag}: {text!r} is not one whole number")
+    return numbers[0]
+
+
 @contextlib.contextmanager
 def _progress(*, shown: bool) -> Iterator[Progress]:
-    """A bar on stderr while an engine compiles, where someone is watching."""
+    """A bar on stderr for what takes long, where someone is watching."""
     if not (shown and sys.stderr.isatty()):
         yield lambda phase, done, steps: None
         return
     from tqdm import tqdm
 
-    with tqdm(desc="engine", unit="step", leave=False) as bar:
+    with tqdm(desc="export", unit="step", leave=False) as bar:
 
         def update(phase: str, done: int, steps: int) -> None:
             bar.set_description(phase, refresh=False)

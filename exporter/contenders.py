@@ -31,6 +31,7 @@ from exporter.onnx_file import graph_from_file
 from exporter.onnx_graph import Graph, checked
 from exporter.onnxruntime_cpu import session_from_file, session_from_graph
 from exporter.precisions import PRECISIONS
+from exporter.quantization.dialect import QUANTIZATION, dialect_problems
 from exporter.repvgg import network_from_checkpoint
 from exporter.request import Request
 
@@ -40,7 +41,7 @@ OPERATIONS = (
 )  # fmt: skip
 """What a deployed RepVGG is made of, and what a graph may hold."""
 
-EXACTNESS = ("float64", "fp32", "fp16")
+EXACTNESS = ("float64", "fp32", "fp16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,8 @@ def contender_from_path(path: pathlib.Path, request: Request) -> Contender:
 
     Raises:
         InputRejected: it cannot be read, or is none of the three.
-        VerificationFailed: it holds an operation that no RepVGG has, or a weight that is not a number.
+        VerificationFailed: it holds an operation that no RepVGG has, a weight that is not a number, or codes that ONNX
+            and TensorRT read differently.
         SdkMissing: an engine that cannot run here.
     """
     if is_checkpoint(path):
@@ -129,11 +131,13 @@ def _onnx(path: pathlib.Path) -> Contender:
         checked(graph)
     except VerificationFailed as error:
         raise VerificationFailed(f"{path}: {error}; export it again") from error
-    half = any(array.dtype == np.float16 for array in graph.weights.values())
-    if half:
+    precision = _precision(graph)
+    if precision == "fp16":
         inferred = Graph(onnx.shape_inference.infer_shapes(graph.structure), graph.weights)
-        twin = next(precision.twin for precision in PRECISIONS if precision.name == "fp16")
+        twin = next(known.twin for known in PRECISIONS if known.name == precision)
         session = functools.partial(session_from_graph, twin(inferred) if twin else inferred, image)
+    elif precision == "int8":  # as it is written: kernels for INT8 round in other places
+        session = functools.partial(session_from_graph, graph, image)
     else:
         session = functools.partial(session_from_file, path, image)
 
@@ -141,7 +145,14 @@ def _onnx(path: pathlib.Path) -> Contender:
     def opened() -> Iterator[Run]:
         yield functools.partial(_in_batches_of, batch, session().run)
 
-    return Contender(path, "ONNX", "fp16" if half else "fp32", tuple(shape), batch or 0, outputs, opened)
+    return Contender(path, "ONNX", precision, tuple(shape), batch or 0, outputs, opened)
+
+
+def _precision(graph: Graph) -> str:
+    """Of EXACTNESS; INT8 whatever the floats between its codes are."""
+    if any(node.op_type in QUANTIZATION for node in graph.structure.graph.node):
+        return "int8"
+    return "fp16" if any(array.dtype == np.float16 for array in graph.weights.values()) else "fp32"
 
 
 def _engine(path: pathlib.Path) -> Contender:
@@ -179,6 +190,9 @@ def _check_graph(graph: Graph, path: pathlib.Path) -> None:
         raise VerificationFailed(
             f"{path}: {len(inputs)} inputs and {len(graph.structure.graph.output)} outputs; a RepVGG has one input"
         )
+    ambiguous = dialect_problems(graph)
+    if ambiguous:
+        raise VerificationFailed(f"{path}: not the same to ONNX and TensorRT: {listed(ambiguous, 3)}")
 
 
 def _shape(value: onnx.ValueInfoProto, path: pathlib.Path) -> list[int | None]:

@@ -65,12 +65,21 @@ def contract_problems(
         graph = checked(graph_from_file(path))
     except ReportedError as error:
         return [str(error)]
-    model = without_declarations(graph)
+    structure = structure_problems(without_declarations(graph), architecture)
+    return [*structure, *weight_problems(graph.weights, architecture, weights, half, exponents)]
+
+
+def structure_problems(model: onnx.ModelProto, architecture: Architecture) -> list[str]:
+    """All but the numbers: operations, inputs and outputs, and who reads what; Casts are looked through.
+
+    Args:
+        model: whose weights are not declared as inputs.
+        architecture: of the plain network.
+    """
     return [
         *_count_problems(model, architecture),
         *_interface_problems(model, architecture),
         *_wiring_problems(model, architecture),
-        *weight_problems(graph.weights, architecture, weights, half, exponents),
     ]
 
 

@@ -1,13 +1,19 @@
-"""Images, and perhaps labels, of an ``.npz``, read as a stream: memory does not grow with their number.
+"""Images, and perhaps labels, of an ``.npz`` or a folder, read as a stream: memory does not grow with their number.
 
-images   uint8 (N, H, W, C) or (N, H, W); or float32 (N, C, H, W), normalised already
-labels   N integers, the classes
+A folder is read by ``exporter.image_folder``; what both have in common is ``exporter.image_stream.Dataset``. In an
+``.npz``,
+
+    images   uint8 (N, H, W, C) or (N, H, W); or float32 (N, C, H, W), normalised already
+    labels   N integers, the classes
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import os
 import pathlib
 import warnings
 import zipfile
@@ -17,23 +23,23 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.errors import InputRejected, first_line
+from exporter.errors import InputRejected, UsageError, first_line
+from exporter.image_folder import image_folder_from_path
+from exporter.image_stream import Batch, Dataset, ImageFacts, Progress, facts_of_dataset, unreported
 from exporter.images import GOLDEN_IMAGES, Normalisation
 
-Batch = NDArray[np.float32]
+__all__ = ["Batch", "Dataset", "NpzDataset", "dataset_from_npz", "dataset_from_path"]
+
 _PIECE = 1 << 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """An ``.npz`` whose images fit the network. ``flag`` is what named it, for messages."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class NpzDataset(Dataset):
+    """An ``.npz`` whose images fit the network."""
 
-    path: pathlib.Path
-    flag: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     fortran_order: bool
-    normalise: Normalisation
 
     @property
     def count(self) -> int:
@@ -45,21 +51,18 @@ class Dataset:
         """Whether the images are bytes, which still have to be normalised."""
         return bool(self.dtype == np.uint8)
 
-    def first(self, count: int) -> Batch:
-        """The first ``count`` images, normalised, or as many as there are: (n, C, H, W)."""
-        return next(self.batches(count))
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the array's type, shape and numbers, however the file orders or compresses them."""
+        content = hashlib.sha256(f"{self.dtype.str} {self.shape}".encode())
+        for images in self._rows(max(1, _PIECE // self._row), self.count):
+            content.update(np.ascontiguousarray(images).data.cast("B"))
+        return content.hexdigest()
 
-    def batches(self, size: int, count: int | None = None) -> Iterator[Batch]:
-        """All images, or the first ``count``, normalised, ``size`` at a time: (n, C, H, W) float32.
-
-        Raises:
-            InputRejected: the file ends early, or holds NaN or infinity.
-        """
-        for images in self.raw(size, count):
-            batch = self.normalised(images)
-            if not np.isfinite(batch).all():
-                raise InputRejected(f"{self.path}: images hold NaN or infinite values; make the file again")
-            yield batch
+    @functools.cached_property
+    def facts(self) -> ImageFacts:
+        """What every image is known by; reads all of them when it is first asked for."""
+        return facts_of_dataset(self)
 
     def raw(self, size: int, count: int | None = None) -> Iterator[NDArray[Any]]:
         """As ``batches``, in the file's own dtype and before normalisation, but already (n, C, H, W)."""
@@ -70,12 +73,9 @@ class Dataset:
                 shaped = images[..., None] if images.ndim == 3 else images
                 yield shaped.transpose(0, 3, 1, 2)
 
-    def normalised(self, images: NDArray[Any]) -> Batch:
-        """What the network is given for ``images`` as ``raw`` yields them."""
-        if self.holds_pixels:
-            mean, std = (np.array(v, np.float32)[:, None, None] for v in (self.normalise.mean, self.normalise.std))
-            images = (images.astype(np.float32) / np.float32(255) - mean) / std
-        return np.array(images, np.float32, order="C")
+    def name_of(self, index: int) -> str:
+        """What an image is called in messages: its number in the array."""
+        return f"image {index}"
 
     def labels(self, classes: int) -> NDArray[np.int64]:
         """The labels, (N,).
@@ -103,6 +103,11 @@ class Dataset:
             )
         return labels.astype(np.int64)
 
+    @property
+    def _row(self) -> int:
+        """Bytes of one image."""
+        return int(np.prod(self.shape[1:])) * self.dtype.itemsize
+
     def _rows(self, size: int, count: int) -> Iterator[NDArray[Any]]:
         if self.fortran_order:  # its images are not one after the other
             with np.load(self.path, allow_pickle=False) as archive:
@@ -111,23 +116,57 @@ class Dataset:
             return
         with _member(self.path, self.flag) as member:
             _header(member)
-            row = int(np.prod(self.shape[1:])) * self.dtype.itemsize
             for start in range(0, count, size):
                 rows = min(size, count - start)
-                data = member.read(rows * row)
+                data = member.read(rows * self._row)
                 yield np.frombuffer(data, self.dtype).reshape(rows, *self.shape[1:])
+
+
+def dataset_from_path(
+    path: pathlib.Path,
+    channels: int,
+    size: tuple[int, int],
+    normalise: Normalisation,
+    flag: str = "--calib",
+    resize: int | None = None,
+    progress: Progress = unreported,
+) -> Dataset:
+    """Opens a folder of images, or an ``.npz``, for a network of ``channels`` and ``size`` (height, width).
+
+    Args:
+        path: of either.
+        channels: 1 or 3 for a folder.
+        size: what images are prepared in, or have, in pixels.
+        normalise: how pixels become what the network gets.
+        flag: what named ``path``, for messages.
+        resize: what the shorter side of a folder's images is scaled to; None for the usual. An ``.npz`` holds what was
+            prepared already.
+        progress: told how many images of a folder have been read.
+
+    Raises:
+        InputRejected: nothing is there, it cannot be read, or its images do not fit.
+        SdkMissing: a folder, and Pillow is not installed.
+        UsageError: ``resize`` is less than ``size``.
+    """
+    if resize is not None and resize < max(size):
+        raise UsageError(
+            f"--resize: images scaled to {resize} do not cover {size[0]}x{size[1]}; give {max(size)} or more"
+        )
+    if os.path.isdir(path):  # noqa: PTH112 (Path.is_dir raises where a folder above may not be read)
+        return image_folder_from_path(path, channels, size, normalise, flag, resize, progress)
+    return dataset_from_npz(path, channels, size, normalise, flag)
 
 
 def dataset_from_npz(
     path: pathlib.Path, channels: int, size: tuple[int, int], normalise: Normalisation, flag: str = "--calib"
-) -> Dataset:
+) -> NpzDataset:
     """Opens an ``.npz`` and sees that it is whole and fits a network for ``channels`` and ``size`` (height, width).
 
     Raises:
         InputRejected: the file cannot be read, or its images have another size or number of channels.
     """
     if path.is_dir():
-        raise InputRejected(f"{path}: folders of images are not read in this version; save them as an .npz with images")
+        raise InputRejected(f"{path}: is a folder; give an .npz with images")
     with _member(path, flag) as member:
         shape, fortran_order, dtype = _header(member)
         if dtype not in (np.uint8, np.float32):
@@ -146,7 +185,7 @@ def dataset_from_npz(
             found += len(piece)
     if found != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
         raise InputRejected(f"{path}: its images are cut short; np.savez the images")
-    return Dataset(path, flag, shape, dtype, fortran_order, normalise)
+    return NpzDataset(path, flag, normalise, shape, dtype, fortran_order)
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
@@ -172,5 +211,7 @@ def _member(path: pathlib.Path, flag: str) -> Iterator[IO[bytes]]:
         raise
     except FileNotFoundError:
         raise InputRejected(f"{path}: no such file; check {flag}") from None
+    except PermissionError as error:
+        raise InputRejected(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     except Exception as error:  # damaged archives raise from zipfile, zlib and numpy alike
         raise InputRejected(f"{path}: not an .npz of arrays ({first_line(error)}); np.savez the images") from error

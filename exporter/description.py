@@ -37,6 +37,7 @@ class Subject:
         """What the tensors do not say, as the flags that would say it again."""
         features = {"features": joined(self.architecture.features)} if self.architecture.features else {}
         weights = {"weights": self.weights} if self.weights is not None else {}
+        resize = {"resize": str(self.request.resize)} if self.request.resize is not None else {}
         return {
             "strides": joined((*self.architecture.stage_strides, *self.architecture.cut_strides)),
             "eps": number_text(self.architecture.bn_eps),
@@ -45,6 +46,7 @@ class Subject:
             "std": _numbers(self.normalise.std),
             **features,
             **weights,
+            **resize,
         }
 
     def metadata(self, checkpoint_sha256: str, precision: str) -> dict[str, str]:
@@ -66,6 +68,7 @@ class Subject:
             "std": self.normalise.std,
             "size": self.request.size,
             "channels": self.architecture.in_channels,
+            **({"resize": self.request.resize} if self.request.resize is not None else {}),
         }
 
     @property

@@ -19,8 +19,10 @@ from exporter.report import (
     FileRecord,
     HeadroomRow,
     LayerRow,
+    QuantizationRecord,
     Report,
     line_from_headroom,
+    line_from_quantization,
     lines_from_ledger,
 )
 from exporter.version import VERSION
@@ -39,6 +41,7 @@ class Findings:
         self.gates = {name: gate.max_relative_error for name, gate in GATES.items()}
         self.accuracy: tuple[AccuracyRow, ...] = ()
         self.headroom: tuple[HeadroomRow, ...] = ()
+        self.quantization: list[QuantizationRecord] = []
         self.layers: tuple[LayerRow, ...] = ()
         self.first_departing_layer: str | None = None
         self.witness: dict[str, Any] | None = None
@@ -72,6 +75,21 @@ class Findings:
         if rows:
             self.headroom = tuple(rows)
             self._notify(f"headroom in half: {line_from_headroom(rows, inputs)}")
+
+    def note(self, line: str) -> None:
+        """Tells what is worth knowing, and no finding."""
+        self._notify(line)
+
+    def add_traffic(self, line: str | None) -> None:
+        """What the engine of the last INT8 file moves, by its own program; None where that cannot be read."""
+        if line is not None:
+            self.quantization[-1] = dataclasses.replace(self.quantization[-1], traffic=line)
+            self._notify(f"prediction: {line}")
+
+    def add_quantization(self, record: QuantizationRecord) -> None:
+        """What one INT8 file costs, and how it was made."""
+        self.quantization.append(record)
+        self._notify(line_from_quantization(record))
 
     def add_accuracy(self, rows: Sequence[AccuracyRow], max_drop: float | None) -> None:
         """Top-1 of each precision, as a verdict where ``max_drop`` says how much may be lost."""
@@ -109,6 +127,7 @@ class Findings:
             first_departing_layer=self.first_departing_layer,
             accuracy=self.accuracy,
             headroom=self.headroom,
+            quantization=tuple(self.quantization),
             witness=self.witness,
             gates=self.gates,
             engines=tuple(self.engines),

@@ -30,7 +30,8 @@ from numpy.typing import NDArray
 from engines.build import Progress
 from engines.files import reported_write_errors, sha256_of, write_whole
 from engines.interrupts import Uninterrupted
-from exporter import checks
+from engines.traffic import prediction_of_file
+from exporter import checks, int8
 from exporter.accuracy import BASELINE, accuracy_from_labels
 from exporter.checkpoint import Checkpoint, check_archive, checkpoint_from_path
 from exporter.description import Subject
@@ -53,7 +54,7 @@ from exporter.onnx_graph import Graph, onnx_from_plain, structure_from_architect
 from exporter.onnxruntime_cpu import Session, session_from_file, session_from_graph
 from exporter.outside import expectation_checks, source_of_peaks, witness_from_inputs
 from exporter.plain import Plain, plain_from_repvgg
-from exporter.precisions import PRECISIONS
+from exporter.precisions import INT8, PRECISIONS
 from exporter.processes import Processes
 from exporter.reference import GOLDEN_NAME, PeakObserver, Reference, reference_from_repvgg, with_peaks_of, write_golden
 from exporter.report import AccuracyRow, Check, FileRecord, LayerRow, Report, markdown_from_report
@@ -98,7 +99,7 @@ def report_from_checkpoint(
         processes.simplifier.submit(structure.SerializeToString())
         subject = subject_from(request, checkpoint, network)
         inputs = inputs_from_request(request, architecture, subject.normalise)
-        for line in [*subject.lines, f"inputs: {inputs.source}"]:
+        for line in [*subject.lines, f"inputs: {inputs.source}", *(f"note: {note}" for note in inputs.notes)]:
             notify(line)
 
         found = Findings(notify)
@@ -120,6 +121,7 @@ def report_from_checkpoint(
         graph = onnx_from_plain(plain, simplified, metadata("fp32"))
         seen = with_peaks_of(reference, [witnessed.peaks, *(end.source.peaks for end in ends)])
         typed = typed_from_request(request, graph, plain, seen, metadata, processes, stage, found)
+        typed += int8_from_request(subject, graph, plain, inputs, digest.result(), processes, stage, found, progress)
         for one in typed:
             found.add_headroom(one.headroom, source_of_peaks(inputs, found.witness))
         path = float32_file_from_graph(request, graph, plain, stage, found)
@@ -154,12 +156,48 @@ def typed_from_request(
 ) -> list[Typed]:
     """The typed graph of every precision asked for, written and held to the contract; its engine is being compiled."""
     typed = []
-    for precision in (precision for precision in PRECISIONS if precision.name in request.trt):
+    for precision in (precision for precision in PRECISIONS if precision.name in request.trt and precision is not INT8):
         path = stage.path(f"{request.path.stem}.{precision.name}.onnx")
         typed.append(typed_from_graph(precision, graph, reference, metadata(precision.name), path))
         submit(typed[-1], processes.compilers[precision.name], request)
         stage.seal(*typed[-1].files)
         found.add(contract_checks_of_typed(typed[-1], plain))
+    return typed
+
+
+def int8_from_request(
+    subject: Subject,
+    graph: Graph,
+    plain: Plain,
+    inputs: Inputs,
+    checkpoint: str,
+    processes: Processes,
+    stage: Staging,
+    found: Findings,
+    progress: Progress,
+) -> list[Typed]:
+    """The forms of INT8, where it is asked for: calibrated, written and checked; the engine is being compiled."""
+    request, calibration = subject.request, inputs.calibration
+    if INT8.name not in request.trt or calibration is None:
+        return []
+    stem, compiler = request.path.stem, processes.compilers[INT8.name]
+    name = f"{stem}.int8.calib.json"
+    binding = int8.binding_from_request(request, subject.assumptions, checkpoint, calibration)
+    known = int8.known_calibration(request.out / name, binding, found.note)
+    forms = int8.calibrated_forms(request, graph, calibration, known, compiler.sdk, progress)
+    typed = []
+    for one in forms:
+        form, is_last = one.quantized.form, one is forms[-1]
+        engine = stage.path(f"{stem}.int8.engine") if is_last else None
+        path = stage.path(f"{stem}.{form.name}.onnx")
+        typed.append(int8.typed_from_calibrated(one, subject.metadata(checkpoint, INT8.name), path, engine))
+        submit(typed[-1], compiler, request)
+        stage.seal(*typed[-1].files)
+        checks_found, record = int8.checks_of_quantized(typed[-1], one, plain.architecture, calibration, request)
+        found.add(checks_found)
+        found.add_quantization(record)
+    write_whole(stage.path(name), int8.calibration_text(binding, forms).encode())
+    stage.seal(stage.path(name))
     return typed
 
 
@@ -200,12 +238,14 @@ def add_engines(
     progress: Progress,
 ) -> None:
     """Waits for each engine, audits it, runs it where a GPU is, and writes its sidecar."""
-    for one in typed:
+    for one in (one for one in typed if one.engine is not None):
         record, audit = engine_from_typed(one, processes.compilers[one.precision.name], progress)
         write_sidecar(one, record, request, stage)
         required = "trt" in request.require
         run = [engine_check(one, measured, required=required) for measured in everywhere]
         once = {check.stage: check for check in run}  # without a GPU no size is any different
+        if one.precision is INT8:
+            found.add_traffic(prediction_of_file(stage.path(record.name), request.batch[1], request.size))
         found.add_engine(record, [checks.audit_check(one.precision, audit), *once.values()])
 
 
@@ -262,7 +302,7 @@ def accuracy_from_inputs(
     if inputs.labelled is None or inputs.labels is None:
         return ()
     networks: dict[str, Run] = {BASELINE: float32().run}
-    networks |= {one.precision.name: session_of_typed(one).run for one in typed if one.precision.twin is not None}
+    networks |= {one.name: session_of_typed(one).run for one in typed if one.precision.twin is not None}
     return accuracy_from_labels(inputs.labelled, inputs.labels, networks, progress)
 
 
@@ -279,7 +319,9 @@ def layers_from_run(
     if float32 is not None:
         graphs.append(LayerGraph(SIMPLIFIED, graph_from_file(float32), found.gates[BASELINE], {}))
     graphs += [
-        LayerGraph(one.stage, one.computed, one.precision.gate.max_relative_error, one.exponents) for one in typed
+        LayerGraph(one.stage, one.computed, one.precision.gate.max_relative_error, one.exponents)
+        for one in typed
+        if one.precision is not INT8  # its layers have a table of their own
     ]
     stages = layer_stages(architecture, tensors, request.size, image, graphs, found.gates[BASELINE])
     rows = rows_from_stages(layers_of_network(architecture, tensors, torch.from_numpy(image).double()), stages)

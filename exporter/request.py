@@ -15,6 +15,7 @@ from exporter.variants import variant_from_name
 Size = tuple[int, int]
 
 __all__ = [
+    "EFFORTS",
     "LARGEST_BATCH",
     "LARGEST_MEAN",
     "LARGEST_SIZE",
@@ -35,12 +36,15 @@ __all__ = [
 LARGEST_SIZE = 4096
 LARGEST_MEAN = 1e6
 SMALLEST_STD = 1e-30
+LARGEST_BUDGET = 120
 SDK_NAMES = tuple(sdk.module for sdk in SDKS)
+EFFORTS = ("default", "high")
+"""How hard INT8 is tried for; those in ``exporter.quantization.layerwise``, held equal by a test."""
 WEIGHTS = ("ema", "raw")
 """Of a file that holds two sets: those averaged over the training, or the last ones."""
 REQUIREMENTS = ("trt",)
 """What ``--require`` can turn from "not run" into an error: ``trt``, each engine on a GPU."""
-PRECISION_NAMES = ("fp32", "fp16")
+PRECISION_NAMES = ("fp32", "fp16", "int8")
 """The names in ``exporter.precisions.PRECISIONS``, held equal by a test; reading them there would import onnx."""
 
 
@@ -50,7 +54,9 @@ class Request:
 
     ``size`` is (height, width) in pixels, and ``size_range`` the smallest and the largest where both are dynamic;
     ``features`` are stages, from 0; ``weights`` is one of WEIGHTS; ``mean`` and ``std`` are per channel, in units of
-    pixels scaled to 0..1; ``max_drop`` is in percentage points of top-1; ``require`` names what must not be left out,
+    pixels scaled to 0..1; ``resize`` is what the shorter side of an image in a folder is scaled to, in pixels;
+    ``int8_effort`` is one of EFFORTS, and ``int8_budget`` the SQNR in dB that INT8 must reach; ``max_drop`` is in
+    percentage points of top-1; ``require`` names what must not be left out,
     of REQUIREMENTS.
     """
 
@@ -72,6 +78,10 @@ class Request:
     labels: pathlib.Path | None = None
     max_drop: float | None = None
     expect: pathlib.Path | None = None
+    resize: int | None = None
+    int8_effort: str = "default"
+    int8_report: bool = False
+    int8_budget: float | None = None
     ignore_witness: bool = False
     layers: bool = False
     require: tuple[str, ...] = ()
@@ -96,6 +106,7 @@ class Request:
         if self.std is not None and not all(SMALLEST_STD <= value < LARGEST_MEAN for value in self.std):
             raise UsageError(f"--std: every value must be from {SMALLEST_STD:g} on, in units of pixels in 0..1")
         self._check_proof()
+        self._check_int8()
         if self.sdk is not None and self.sdk not in SDK_NAMES:
             raise UsageError(f"--sdk {self.sdk}: unknown; choose from {', '.join(SDK_NAMES)}")
         for path in (self.path, self.out):
@@ -146,6 +157,21 @@ class Request:
         if "trt" in self.require and not self.trt:
             raise UsageError("--require trt: no engine is asked for; name its precision with --trt")
 
+    def _check_int8(self) -> None:
+        if self.resize is not None and not max(self.size) <= self.resize <= LARGEST_SIZE:
+            raise UsageError(
+                f"--resize {self.resize}: is outside {max(self.size)} to {LARGEST_SIZE} pixels; the shorter side is "
+                f"scaled to it before --size is cut out"
+            )
+        if self.int8_effort not in EFFORTS:
+            raise UsageError(f"--int8-effort {self.int8_effort}: unknown; choose from {', '.join(EFFORTS)}")
+        if self.int8_budget is not None and not 0 < self.int8_budget <= LARGEST_BUDGET:
+            raise UsageError(f"--int8-budget: {self.int8_budget:g} is not a number of decibels up to {LARGEST_BUDGET}")
+        asked = (self.int8_effort != "default", self.int8_report, self.int8_budget is not None)
+        if any(asked) and "int8" not in self.trt:
+            flag = ("--int8-effort", "--int8-report", "--int8-budget")[asked.index(True)]
+            raise UsageError(f"{flag}: no INT8 is asked for; add --trt int8")
+
 
 def _check_precision(name: str, calibration: pathlib.Path | None) -> None:
     if name == "int8" and calibration is None:
@@ -153,8 +179,7 @@ def _check_precision(name: str, calibration: pathlib.Path | None) -> None:
             "--trt int8: needs --calib with images to calibrate on; random data would give a wrong network"
         )
     if name not in PRECISION_NAMES:
-        later = " (int8 is not in this version)" if name == "int8" else ""
-        raise UsageError(f"--trt {name}: unknown precision{later}; choose from {', '.join(PRECISION_NAMES)}")
+        raise UsageError(f"--trt {name}: unknown precision; choose from {', '.join(PRECISION_NAMES)}")
 
 
 def sizes_from_text(text: str) -> tuple[Size, tuple[Size, Size] | None]:

@@ -38,22 +38,24 @@ from exporter.staging import Staging
 class Typed:
     """A typed graph and where its ONNX file and its engine are or will be; ``files`` has external weights, too.
 
-    ``kept``, ``exponents`` and ``headroom`` are what ``Rewritten`` says of them.
+    ``name`` is the precision's, or that of one of its forms; ``kept``, ``exponents`` and ``headroom`` are what
+    ``Rewritten`` says of them. ``engine`` is None where the ONNX file is all that is wanted.
     """
 
     precision: Precision
+    name: str
     graph: Graph
     kept: dict[str, str]
     exponents: Exponents
     headroom: tuple[HeadroomRow, ...]
     files: tuple[pathlib.Path, ...]
     onnx: pathlib.Path
-    engine: pathlib.Path
+    engine: pathlib.Path | None
 
     @property
     def stage(self) -> str:
         """What it is called in the ledger."""
-        return f"{self.precision.name}, explicit-cast twin" if self.precision.twin else f"{self.precision.name} graph"
+        return f"{self.name}, {self.precision.computed_by}"
 
     @property
     def computed(self) -> Graph:
@@ -69,6 +71,7 @@ def typed_from_graph(
     files = tuple(write_onnx(with_metadata(rewritten.graph, metadata), onnx))
     return Typed(
         precision,
+        precision.name,
         graph_from_file(onnx),
         rewritten.kept,
         rewritten.exponents,
@@ -80,7 +83,9 @@ def typed_from_graph(
 
 
 def submit(typed: Typed, compiler: CompilerProcess, request: Request) -> None:
-    """Starts the compilation; ``engine_from_typed`` waits for it."""
+    """Starts the compilation, where an engine is wanted; ``engine_from_typed`` waits for it."""
+    if typed.engine is None:
+        return
     compiler.submit(
         CompilerRequest(str(typed.onnx), str(typed.engine), request.batch, request.gpu, sizes=request.profile)
     )
@@ -125,7 +130,7 @@ def engine_check(typed: Typed, measured: Measured, *, required: bool) -> Check:
     name = f"{typed.precision.name}, engine on its GPU"
     title, gate = f"{name} against float64", fixed(typed.precision.gate)
     try:
-        if gpu_compute_capability() is None:
+        if gpu_compute_capability() is None or typed.engine is None:
             raise SdkMissing("no GPU answers here")
         with load(typed.engine) as runner:
 
@@ -149,13 +154,13 @@ def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progres
         PlanRejected: there is one, but its file is not whole.
     """
     build = compiler.result(progress)
-    audit = audit_of_file(typed.engine, *checks.expected_convolutions(typed.graph))
+    audit = audit_of_file(build.engine, *checks.expected_convolutions(typed.graph))
     record = EngineRecord(
-        name=typed.engine.name,
+        name=build.engine.name,
         precision=typed.precision.name,
         sdk=build.sdk,
         sdk_version=build.sdk_version,
-        compute_capabilities=compute_capabilities(header_from_file(typed.engine)),
+        compute_capabilities=compute_capabilities(header_from_file(build.engine)),
         seconds=round(build.seconds, 3),
         kept_in_float32=typed.kept,
         audit=audit.record,
@@ -165,16 +170,17 @@ def engine_from_typed(typed: Typed, compiler: CompilerProcess, progress: Progres
 
 def write_sidecar(typed: Typed, record: EngineRecord, request: Request, stage: Staging) -> None:
     """Writes ``<engine>.json`` beside the engine, and seals both."""
-    stage.seal(typed.engine)
+    engine = stage.path(record.name)
+    stage.seal(engine)
     manifest = manifest_from_build(
         onnx_file_from_path(typed.onnx),
-        name=typed.engine.name,
-        sha256={"onnx": stage.sha256(typed.onnx), "engine": stage.sha256(typed.engine)},
+        name=record.name,
+        sha256={"onnx": stage.sha256(typed.onnx), "engine": stage.sha256(engine)},
         sdk={"name": record.sdk, "version": record.sdk_version},
         cards=record.compute_capabilities,
         batch=request.batch,
         audit=record.audit,
     )
-    path = sidecar_path(typed.engine)
+    path = sidecar_path(engine)
     write_whole(path, manifest.to_json().encode())
     stage.seal(path)

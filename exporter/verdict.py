@@ -1,8 +1,8 @@
 """Do two files compute the same network?
 
-The more exact of the two is the reference: a checkpoint (its branches, in float64) before float32 before fp16, and the
-first of two equals. The other computes the same inputs, in batches of one, three and the largest that it is made for,
-and must be as near as its precision allows. What a checkpoint does not tell comes from the other file.
+The more exact of the two is the reference: a checkpoint (its branches, in float64) before float32, fp16 and int8, and
+the first of two equals. The other computes the same inputs, in batches of one, three and the largest that it is made
+for, and must be as near as its precision allows. What a checkpoint does not tell comes from the other file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engines.golden import golden_from_file
 from engines.parity import GATES, Gate
 from exporter.checkpoint import checkpoint_from_path, is_checkpoint
 from exporter.contenders import EXACTNESS, Contender, assumptions_of, contender_from_path
-from exporter.dataset import dataset_from_npz
+from exporter.dataset import dataset_from_path
 from exporter.description import number_text
 from exporter.errors import ArchitectureRejected, InputRejected, UsageError, VerificationFailed
 from exporter.images import noise_images, normalisation
@@ -37,6 +37,7 @@ from exporter.request import Request, Size, features_from_text, floats_from_text
 LARGEST_COUNT = 256
 """Of a file of images, so many are compared."""
 LARGEST_BATCH_PIXELS = 32 * 224 * 224
+CALIBRATED = "an INT8 file is made for images like those that it was calibrated on, not for noise: give some (--inputs)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +114,8 @@ def verdict_from_files(
             judge,
             largest=True,
         )
+    if not check.passed and inputs is None and candidate.precision == "int8":
+        check = dataclasses.replace(check, detail=f"{check.detail}; {CALIBRATED}")
     used = _assumptions_used(request) if "checkpoint" in (reference.kind, candidate.kind) else assumptions
     return Verdict(reference.title, candidate.title, source, used, (check,), measured.ledger)
 
@@ -181,6 +184,7 @@ def _with_assumptions(told: Request, assumptions: dict[str, str]) -> Request:
         size = sizes_from_text(assumptions["size"])[0] if "size" in assumptions else told.size
         strides = integers_from_text("strides", assumptions["strides"], ",") if "strides" in assumptions else None
         features = features_from_text(assumptions["features"]) if "features" in assumptions else ()
+        (resize,) = integers_from_text("resize", assumptions["resize"], ",") if "resize" in assumptions else (None,)
         eps, mean, std = (
             floats_from_text(name, assumptions[name]) if name in assumptions else None
             for name in ("eps", "mean", "std")
@@ -194,6 +198,7 @@ def _with_assumptions(told: Request, assumptions: dict[str, str]) -> Request:
             eps=told.eps if told.eps is not None or eps is None else eps[0],
             mean=told.mean or mean,
             std=told.std or std,
+            resize=told.resize or resize,
         )
     except UsageError as error:
         raise InputRejected(f"the assumptions in the file's metadata make no sense: {error}") from error
@@ -243,7 +248,7 @@ def _images(path: pathlib.Path | None, channels: int, request: Request) -> tuple
             )
         return images, f"the {len(images)} golden images of {path.name}"
     normalise = normalisation(channels, request.mean, request.std)
-    dataset = dataset_from_npz(path, channels, request.size, normalise, "--inputs")
+    dataset = dataset_from_path(path, channels, request.size, normalise, "--inputs", request.resize)
     images = dataset.first(LARGEST_COUNT)
     return images, f"the first {len(images)} images of {path.name}"
 
@@ -272,4 +277,4 @@ def _judge(
         network = network_from_checkpoint(checkpoint_from_path(reference.path, told.weights), told)
         loss = functools.partial(training_time_loss, told, network.architecture, measured.source)
         return at_least(GATES["fp32"], loss, FLOAT32_LOSS_FACTOR)
-    return fixed(GATES["fp16" if candidate.precision == "fp16" else "fp32"])
+    return fixed(GATES["fp32" if candidate.precision == "float64" else candidate.precision])

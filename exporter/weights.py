@@ -48,13 +48,19 @@ def weight_problems(
         array, fused, power = written[name], weights[name], powers.get(name)
         exact = fused if power is None or not power.any() else np.ldexp(fused, power)
         expected: NDArray[Any] = torch.from_numpy(exact).half().numpy() if name in half else exact
-        unsigned = f"u{expected.dtype.itemsize}"
-        if array.shape != expected.shape or array.dtype != expected.dtype:
-            problems.append(f"weight {name} is {array.dtype} {array.shape}, not {expected.dtype} {expected.shape}")
-        elif not np.array_equal(array.view(unsigned), expected.view(unsigned)):
-            scaled = "" if exact is fused else " times its channels' powers of two"
-            problems.append(f"weight {name} differs from the fused one{scaled}")
+        scaled = "" if exact is fused else " times its channels' powers of two"
+        problems += bit_problems(name, array, expected, f"the fused one{scaled}")
     return problems
+
+
+def bit_problems(name: str, written: NDArray[Any], expected: NDArray[Any], title: str) -> list[str]:
+    """The first in which an array of a file differs from ``expected``, called ``title``: type, shape, or any bit."""
+    unsigned = f"u{expected.dtype.itemsize}"
+    if written.shape != expected.shape or written.dtype != expected.dtype:
+        return [f"weight {name} is {written.dtype} {written.shape}, not {expected.dtype} {expected.shape}"]
+    if not np.array_equal(written.view(unsigned), expected.view(unsigned)):
+        return [f"weight {name} differs from {title}"]
+    return []
 
 
 def _exponent_problems(architecture: Architecture, exponents: Mapping[str, NDArray[np.int64]]) -> Iterator[str]:

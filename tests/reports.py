@@ -1,4 +1,4 @@
-"""Reports without a run: one of every kind of finding, and whatever hypothesis comes up with."""
+"""Reports and a calibration without a run: one of every kind of finding, and whatever hypothesis comes up with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from hypothesis import strategies as st
 
 from engines.parity import Comparison, Flip
+from exporter.quantization.calibration_file import Binding, CalibrationFile, FormCalibration
 from exporter.report import (
     AccuracyRow,
     Check,
@@ -16,6 +17,8 @@ from exporter.report import (
     HeadroomRow,
     LayerRow,
     LedgerRow,
+    QuantizationRecord,
+    QuantizedLayerRow,
     Report,
 )
 
@@ -46,6 +49,8 @@ AUDIT = {
     "expected_weights": 12,
     "problems": (),
     "unproven": ("head/Gemm: its bias of one number",),
+    "int8_outputs": {"float16": 11},
+    "requantize_kernels": 10,
     "line": "11 of 11 convs in FP16",
 }
 REPORT = Report(
@@ -94,6 +99,32 @@ REPORT = Report(
             "stage1.0/se/expand/Conv", Headroom(2.0, 0, 32752.0, 15.0), Headroom(2.0, 0, 32752.0, 15.0), (), "a Sigmoid"
         ),
     ),
+    quantization=(
+        QuantizationRecord(
+            form="int8",
+            file="model.int8.onnx",
+            effort="high",
+            weight_bits=8,
+            activation_bits=8,
+            equalized=True,
+            equalized_db=33.625,
+            plain_db=31.875,
+            images=512,
+            fitted_images=64,
+            sqnr_db=33.4375,
+            agreement=0.9906,
+            simulation_db=56.5,
+            kernels_db=41.125,
+            budget_db=35.0,
+            layers=(
+                QuantizedLayerRow("stage0.0/Conv", 2.75, "mse", 0.00125, 41.5, 44.25, 34.0),
+                QuantizedLayerRow("head/Gemm", 7.5, "kl", 0.0, 33.4375, 46.0, 33.5),
+            ),
+            kept={"stage1.0/Conv": "the budget of 35 dB", "stage1.0/se/reduce/Conv": "a part of SE"},
+            seconds=2.5,
+            traffic="INT8 moves 1.4x the bytes of FP16",
+        ),
+    ),
     witness={
         "verdict": "suspicious",
         "images": 128,
@@ -121,7 +152,7 @@ REPORT = Report(
             "line": "your images fit --mean 0,0,0 far better",
         },
     },
-    gates={"fp32": 5e-6, "fp16": 5e-3},
+    gates={"fp32": 5e-6, "fp16": 5e-3, "int8": 0.25},
     engines=(
         EngineRecord(
             name="model.fp16.engine",
@@ -136,6 +167,37 @@ REPORT = Report(
     ),
     files=(FileRecord("model.fp16.engine", 17, DIGEST), FileRecord("golden.npz", 0, None)),
     versions={"numpy": "2.4.6"},
+)
+CALIBRATED = CalibrationFile(
+    schema=1,
+    binding=Binding(
+        checkpoint=DIGEST,
+        data=DIGEST[::-1],
+        images=512,
+        preprocessing={"resize": "256", "size": "224x224", "mean": "0.5,0.5,0.5", "std": "1,1,1"},
+        network={"strides": "2,2,2,2,2", "eps": "1e-05", "weights": "ema"},
+        method={"effort": "high", "weight_bits": "8", "activation_bits": "8", "fitted_images": "64", "algorithm": "1"},
+    ),
+    forms=(
+        FormCalibration(
+            form="int8",
+            equalized=True,
+            factors={"stage0.0/Conv": (0.1, 3.0)},
+            ranges={"stage0.0/Conv": 2.75, "head/Gemm": 7.5},
+            methods={"stage0.0/Conv": "mse", "head/Gemm": "kl"},
+            weight_scales={"stage0.0/Conv": (1e-3, 0.25), "head/Gemm": (1 / 3, 5e-324, 1.0)},
+            sqnr_db=33.4375,
+        ),
+        FormCalibration(
+            form="int8.rtx",
+            equalized=False,
+            factors={},
+            ranges={"head/Gemm": 7.5},
+            methods={"head/Gemm": "max"},
+            weight_scales={"head/Gemm": (0.5,)},
+            sqnr_db=-0.25,
+        ),
+    ),
 )
 PASSING = dataclasses.replace(REPORT, checks=REPORT.checks[:1])
 
@@ -162,7 +224,13 @@ checks = st.builds(
 batches = st.lists(st.integers(1, 99), max_size=3).map(tuple)
 layers = st.builds(LayerRow, names, st.dictionaries(names, numbers, max_size=3))
 accuracies = st.builds(
-    AccuracyRow, st.sampled_from(["fp32", "fp16"]), st.integers(1, 10**6), fractions, fractions, numbers, fractions
+    AccuracyRow,
+    st.sampled_from(["fp32", "fp16", "int8", "int8.rtx"]),
+    st.integers(1, 10**6),
+    fractions,
+    fractions,
+    numbers,
+    fractions,
 )
 headrooms = st.builds(Headroom, numbers, counts, numbers, numbers)
 headroom_rows = st.builds(
@@ -172,6 +240,38 @@ headroom_rows = st.builds(
     headrooms,
     st.just(()) | st.lists(st.integers(-40, 40), min_size=1, max_size=4).map(lambda powers: (*powers, 1)),
     st.none() | names,
+)
+quantized_layers = st.builds(
+    QuantizedLayerRow,
+    names,
+    numbers,
+    st.sampled_from(["mse", "kl", "max"]),
+    fractions,
+    numbers,
+    st.none() | numbers,
+    st.none() | numbers,
+)
+quantizations = st.builds(
+    QuantizationRecord,
+    form=st.sampled_from(["int8", "int8.rtx"]),
+    file=names,
+    effort=st.sampled_from(["default", "high"]),
+    weight_bits=st.integers(2, 8),
+    activation_bits=st.integers(2, 8),
+    equalized=st.booleans(),
+    equalized_db=st.none() | numbers,
+    plain_db=st.none() | numbers,
+    images=st.integers(1, 10**6),
+    fitted_images=st.integers(1, 10**6),
+    sqnr_db=numbers,
+    agreement=st.none() | fractions,
+    simulation_db=numbers,
+    kernels_db=st.none() | numbers,
+    budget_db=st.none() | numbers,
+    layers=st.lists(quantized_layers, max_size=7).map(tuple),
+    kept=st.dictionaries(names, names, max_size=4),
+    seconds=st.floats(0, 1e6),
+    traffic=st.none() | names,
 )
 reports = st.builds(
     lambda name, **fields: dataclasses.replace(REPORT, checkpoint={**REPORT.checkpoint, "name": name}, **fields),
@@ -183,6 +283,7 @@ reports = st.builds(
     first_departing_layer=st.none() | names,
     accuracy=st.lists(accuracies, max_size=2).map(tuple),
     headroom=st.lists(headroom_rows, max_size=7).map(tuple),
+    quantization=st.lists(quantizations, max_size=2).map(tuple),
     versions=st.dictionaries(names, names, max_size=3),
     engines=st.sampled_from([(), REPORT.engines]),
 )

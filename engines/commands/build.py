@@ -49,11 +49,13 @@ def run(arguments: argparse.Namespace) -> int:
         VerificationFailed: the engine is not what the graph says; it is kept as ``*.rejected``.
         ReportedError: of the other kinds that ``engines.build`` raises; nothing is left behind.
     """
+    from engines.kind import engine_beside  # brings numpy, which --help does without
+
     source: pathlib.Path = arguments.onnx
     try:
         made = build(
             source,
-            arguments.out or source.with_suffix(".engine"),
+            arguments.out or engine_beside(source),
             sdk=arguments.sdk,
             gpu=() if arguments.gpu is None else cards_from_text(arguments.gpu),
             batch=batch_from_text(arguments.batch),
@@ -91,6 +93,7 @@ def lines_from_build(made: Build) -> list[str]:
         f"in {made.seconds:.1f} s",
         *(f"note the compiler says: {' '.join(warning.split())}" for warning in made.warnings),
         f"{mark} {manifest.precision}, engine audit: {made.audit.line}",
+        *([f"note {made.prediction}"] if made.prediction is not None else []),
         f"written to {folder}/: {made.engine.name}, {made.sidecar.name}",
     ]
     if not (folder / manifest.golden).is_file():

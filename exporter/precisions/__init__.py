@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from exporter.precisions.fp16 import FP16
 from exporter.precisions.fp32 import FP32
+from exporter.precisions.int8 import INT8
 from exporter.precisions.precision import Exponents, Precision, Rewritten
 
-__all__ = ["PRECISIONS", "Exponents", "Precision", "Rewritten"]
+__all__ = ["INT8", "PRECISIONS", "Exponents", "Precision", "Rewritten"]
 
-PRECISIONS: tuple[Precision, ...] = (FP32, FP16)
+PRECISIONS: tuple[Precision, ...] = (FP32, FP16, INT8)

@@ -169,5 +169,6 @@ FP16 = Precision(
     dtype="float16",
     rewrite=half_from_float,
     twin=explicit_cast_twin,
+    computed_by="explicit-cast twin",
     gate=GATES["fp16"],
 )

@@ -10,5 +10,6 @@ FP32 = Precision(
     dtype="float32",
     rewrite=lambda graph, peaks: Rewritten(graph, kept={}, exponents={}, headroom=()),
     twin=None,
+    computed_by="graph",
     gate=GATES["fp32"],
 )

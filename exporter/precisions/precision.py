@@ -38,11 +38,13 @@ class Precision:
     """A name for the command line and file names, the rewrite, the graph to check it with, and its gate.
 
     ``rewrite`` takes the float32 graph and its peaks. ``twin`` turns a typed graph into one that ONNX Runtime's CPU
-    provider computes with the typed graph's rounding and range; None where it does so with the typed file itself.
+    provider computes with the typed graph's rounding and range, which the ledger calls ``computed_by``; it is None
+    where the float32 graph has shown that already.
     """
 
     name: str
     dtype: str
     rewrite: Callable[[Graph, Peaks], Rewritten]
     twin: Callable[[Graph], Graph] | None
+    computed_by: str
     gate: Gate

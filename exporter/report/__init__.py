@@ -13,10 +13,12 @@ from exporter.report.record import (
     HeadroomRow,
     LayerRow,
     LedgerRow,
+    QuantizationRecord,
+    QuantizedLayerRow,
     Report,
     plain_json,
 )
-from exporter.report.text import line_from_headroom, lines_from_ledger, rescaled_in_words
+from exporter.report.text import line_from_headroom, line_from_quantization, lines_from_ledger, rescaled_in_words
 
 __all__ = [
     "AccuracyRow",
@@ -27,10 +29,13 @@ __all__ = [
     "HeadroomRow",
     "LayerRow",
     "LedgerRow",
+    "QuantizationRecord",
+    "QuantizedLayerRow",
     "Report",
     "junit_from_error",
     "junit_from_report",
     "line_from_headroom",
+    "line_from_quantization",
     "lines_from_ledger",
     "markdown_from_report",
     "plain_json",

@@ -8,22 +8,37 @@ longer one, so the text is cut at LARGEST_SIZE; what matters most stands first.
 from __future__ import annotations
 
 import itertools
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from exporter.errors import listed
-from exporter.report.record import AccuracyRow, Check, HeadroomRow, LayerRow, LedgerRow, Report
-from exporter.report.text import rescaled_in_words
+from exporter.report.record import (
+    AccuracyRow,
+    Check,
+    HeadroomRow,
+    LayerRow,
+    LedgerRow,
+    QuantizationRecord,
+    QuantizedLayerRow,
+    Report,
+)
+from exporter.report.text import equalization_in_words, made_in_words, rescaled_in_words
 
 LARGEST_SIZE = 900 * 1024
 """Of the whole text, in bytes of UTF-8."""
 LARGEST_CELL = 1000
 """Of one cell's text, in characters."""
 HEADROOM_ROWS = 5
+QUANTIZED_ROWS = 5
 _SPECIAL = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 LEDGER_COLUMNS = (
     "stage", "max abs", "mean abs", "relative", "SQNR dB", "cosine", "top-1", "flips", "non-finite", "added", "batches",
+)  # fmt: skip
+QUANTIZATION_COLUMNS = (
+    "file", "made with", "SQNR dB", "images", "same top-1", "budget dB", "equalization", "fitted on",
+    "ONNX Runtime to simulation dB", "with INT8 kernels dB", "seconds",
 )  # fmt: skip
 
 
@@ -45,6 +60,7 @@ def markdown_from_report(report: Report) -> str:
             section("Ledger", LEDGER_COLUMNS, map(ledger_cells, report.ledger)),
             _layers(report.layers, report.first_departing_layer),
             _headroom(report),
+            _quantization(report.quantization),
             section("Accuracy", ("precision", "images", "top-1", "drop", "agreement"), map(_accuracy, report.accuracy)),
             _witness(report.witness),
             section("Assumptions", ("what", "value"), report.assumptions.items()),
@@ -164,6 +180,55 @@ def _headroom_cells(row: HeadroomRow) -> tuple[object, ...]:
     before, after = row.before, row.after
     figures = (f"{before.peak:.4g}", before.channel, f"{before.factor:.3g}", f"{before.bits:.1f}")
     return row.convolution, *figures, rescaled, f"{after.factor:.3g}", f"{after.bits:.1f}"
+
+
+def _quantization(records: Sequence[QuantizationRecord]) -> str:
+    """One line of figures for each INT8 file, then its worst layers, those that are not in INT8, and its traffic."""
+    figures = section("INT8", QUANTIZATION_COLUMNS, map(_quantization_cells, records))
+    if not figures:
+        return ""
+    explained = "SQNR and top-1 are of the network's output over all images, against float32."
+    return "\n\n".join([figures, explained, *itertools.chain.from_iterable(map(_quantized_parts, records))])
+
+
+def _quantization_cells(record: QuantizationRecord) -> tuple[object, ...]:
+    return (
+        record.file,
+        made_in_words(record),
+        f"{record.sqnr_db:.1f}",
+        record.images,
+        "-" if record.agreement is None else f"{record.agreement:.2%}",
+        _decibels(record.budget_db),
+        equalization_in_words(record),
+        record.fitted_images,
+        f"{record.simulation_db:.1f}",
+        _decibels(record.kernels_db),
+        f"{record.seconds:.1f}",
+    )
+
+
+def _quantized_parts(record: QuantizationRecord) -> Iterator[str]:
+    name = escaped(record.file)
+    worst = sorted(record.layers, key=lambda row: -math.inf if math.isnan(row.sqnr_db) else row.sqnr_db)
+    columns = ("layer", "range of its input", "chosen by", "beyond it", "SQNR dB", "alone dB", "all but it dB")
+    table = section(f"INT8, layers of {name}", columns, map(_quantized_cells, worst[:QUANTIZED_ROWS]))
+    if table:
+        yield table
+        yield f"The worst of {len(worst)} layers, all of which are in report.json."
+    kept = section(f"Not in INT8 in {name}", ("layer", "reason"), record.kept.items())
+    if kept:
+        yield kept
+    if record.traffic:
+        yield f"Traffic of {name}: {escaped(record.traffic)}"
+
+
+def _quantized_cells(row: QuantizedLayerRow) -> tuple[object, ...]:
+    figures = (f"{row.input_range:.4g}", row.method, f"{100 * row.clipped:.3g}%", f"{row.sqnr_db:.1f}")
+    return row.layer, *figures, _decibels(row.alone_db), _decibels(row.without_db)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _accuracy(row: AccuracyRow) -> tuple[object, ...]:

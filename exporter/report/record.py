@@ -78,6 +78,58 @@ class HeadroomRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class QuantizedLayerRow:
+    """One layer in INT8.
+
+    ``input_range`` is the largest absolute value that the codes of its input stand for, ``method`` how it was chosen
+    ("mse", "kl" or "max"), ``clipped`` the part of the input's values beyond it. SQNRs are against float32:
+    ``sqnr_db`` of the layer's output in the quantized network, ``alone_db`` of the network's output with this layer
+    alone in INT8, ``without_db`` with all layers but it; None where the two were not asked for.
+    """
+
+    layer: str
+    input_range: float
+    method: str
+    clipped: float
+    sqnr_db: float
+    alone_db: float | None
+    without_db: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationRecord:
+    """One INT8 file: how it was made, and how far it is from float32.
+
+    ``form`` is the name of one of ``exporter.quantization.form.FORMS``, ``file`` the ONNX file's. ``sqnr_db`` and
+    ``agreement`` (the part with the same top-1; None without a classifier) are of the network's output over all
+    ``images``. ``equalized_db`` and ``plain_db`` decided on equalization, on the ``fitted_images``; None where it was
+    not tried. ``simulation_db`` is ONNX Runtime without optimizations, and ``kernels_db`` with its INT8 kernels,
+    against this software's own simulation. ``budget_db`` is what was to be reached; ``kept`` names the layers that are
+    not in INT8, with the reason; ``traffic`` predicts the memory traffic of the engine, in one line.
+    """
+
+    form: str
+    file: str
+    effort: str
+    weight_bits: int
+    activation_bits: int
+    equalized: bool
+    equalized_db: float | None
+    plain_db: float | None
+    images: int
+    fitted_images: int
+    sqnr_db: float
+    agreement: float | None
+    simulation_db: float
+    kernels_db: float | None
+    budget_db: float | None
+    layers: tuple[QuantizedLayerRow, ...]
+    kept: dict[str, str]
+    seconds: float
+    traffic: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class AccuracyRow:
     """Top-1 of one precision on labelled images, as fractions of ``images``.
 
@@ -121,8 +173,8 @@ class Report:
     """Everything a run found. ``passed`` is the verdict: no check failed.
 
     ``first_departing_layer`` and ``layers`` are there where a run was asked for layers, ``witness`` where it had
-    images, ``accuracy`` where it had labels, ``headroom`` where half was asked for. ``gates`` has the largest relative
-    error allowed in each precision.
+    images, ``accuracy`` where it had labels, ``headroom`` where half was asked for, ``quantization`` where INT8 was.
+    ``gates`` has the largest relative error allowed in each precision.
     """
 
     version: str
@@ -137,6 +189,7 @@ class Report:
     first_departing_layer: str | None
     accuracy: tuple[AccuracyRow, ...]
     headroom: tuple[HeadroomRow, ...]
+    quantization: tuple[QuantizationRecord, ...]
     witness: dict[str, Any] | None
     gates: dict[str, float]
     engines: tuple[EngineRecord, ...]

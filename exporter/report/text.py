@@ -1,12 +1,15 @@
-"""The ledger and the headroom in half as lines for a terminal."""
+"""The ledger, the headroom in half and what INT8 costs, as lines for a terminal."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 
-from exporter.report.record import HeadroomRow, LedgerRow
+from exporter.errors import listed
+from exporter.quantization.form import FORMS
+from exporter.report.record import HeadroomRow, LedgerRow, QuantizationRecord
 
+_FORMS = {form.name: form for form in FORMS}
 _HEADINGS = ("ledger", "max error", "relative", "added", "SQNR dB", "top-1", "batches")
 
 
@@ -66,3 +69,50 @@ def rescaled_in_words(row: HeadroomRow) -> str:
     by = f"2^{least}" if least == most else f"2^{least}..2^{most}"
     count = f"{len(powers)} channel{'s' if len(powers) > 1 else ''}"
     return f"{row.convolution.removesuffix('/Conv')}: {count} scaled by {by}"
+
+
+def line_from_quantization(record: QuantizationRecord) -> str:
+    """How near an INT8 file comes to float32, and what was done for it."""
+    agreement = "" if record.agreement is None else f", top-1 agrees on {record.agreement:.2%}"
+    found = f"{record.sqnr_db:.1f} dB{_budget_in_words(record)} over {record.images} images{agreement}"
+    parts = [
+        f"{record.form} ({made_in_words(record)}): {found}",
+        equalization_in_words(record),
+        *([kept_in_words(record)] if record.kept else []),
+        *([record.traffic] if record.traffic else []),
+    ]
+    return "; ".join(parts)
+
+
+def _budget_in_words(record: QuantizationRecord) -> str:
+    if record.budget_db is None:
+        return ""
+    return f" ({'meets' if record.sqnr_db >= record.budget_db else 'misses'} the budget of {record.budget_db:g} dB)"
+
+
+def made_in_words(record: QuantizationRecord) -> str:
+    """As in "a weight scale for each channel, effort high, 4-bit weights"."""
+    parts = [
+        _FORMS[record.form].title.partition(",")[0],
+        *([f"effort {record.effort}"] if record.effort != "default" else []),
+        *([f"{record.weight_bits}-bit weights"] if record.weight_bits != 8 else []),
+        *([f"{record.activation_bits}-bit activations"] if record.activation_bits != 8 else []),
+    ]
+    return ", ".join(parts)
+
+
+def equalization_in_words(record: QuantizationRecord) -> str:
+    """As in "equalized (33.6 dB against 31.9 dB without)"."""
+    done = "equalized" if record.equalized else "not equalized"
+    if record.equalized_db is None or record.plain_db is None:
+        return done
+    if record.equalized:
+        return f"{done} ({record.equalized_db:.1f} dB against {record.plain_db:.1f} dB without)"
+    return f"{done} ({record.plain_db:.1f} dB against {record.equalized_db:.1f} dB with it)"
+
+
+def kept_in_words(record: QuantizationRecord) -> str:
+    """As in "2 layers kept in float32: stage0.0/Conv (the budget), ..."; there is at least one."""
+    count = f"{len(record.kept)} layer{'s' if len(record.kept) > 1 else ''}"
+    named = listed([f"{layer} ({reason})" for layer, reason in record.kept.items()], 3)
+    return f"{count} kept in {_FORMS[record.form].dtype.name}: {named}"

@@ -16,6 +16,7 @@ from onnx import numpy_helper
 import exporter
 from engines.audit import ExpectedConvolution, ExpectedMatrix
 from tests.conftest import EXAMPLES, Outcome
+from tests.engines.quantized_graphs import QuantizedGraph, engine_from_model
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
 
@@ -49,6 +50,21 @@ def compiled(tmp_path_factory):
             typed, engine = folder / f"net.{precision}.onnx", folder / f"net.{precision}.engine"
             sidecar = folder / f"{engine.name}.json"
             made[key] = Compiled(typed, engine, sidecar, report.engines[0].audit["line"], *expected(typed))
+        return made[key]
+
+    return compile_once
+
+
+@pytest.fixture(scope="session")
+def compiled_int8(tmp_path_factory):
+    """``compiled_int8(form, *blocks)``: an engine for SM86 of a QuantizedGraph with a head of ten classes."""
+    made = {}
+
+    def compile_once(form, *blocks, kept_head=False, cards=(86,), classes=10, channels=3):
+        key = (form, blocks, kept_head, cards, classes, channels)
+        if key not in made:
+            graph = QuantizedGraph(form, channels=channels).blocks(*blocks).head(classes, kept=kept_head)
+            made[key] = engine_from_model(graph.model(), tmp_path_factory.mktemp("int8"), cards=cards)
         return made[key]
 
     return compile_once

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -13,8 +16,11 @@ from PIL import Image
 
 from engines.backends.backend import TensorDescription
 from engines.errors import InputRejected, SdkMissing
-from engines.manifest import manifest_from_file
+from engines.manifest import manifest_from_file, manifest_from_json
+from engines.onnx_file import onnx_file_from_path
 from engines.preprocessing import Preprocessing, preprocessing_from_manifest, preprocessing_from_metadata
+from engines.sidecar import manifest_from_build
+from tests.conftest import ROOT
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RGB = Preprocessing(MEAN, STD, (16, 24), 3)
@@ -94,6 +100,59 @@ def test_the_usual_evaluation_scales_to_256_and_cuts_224(saved):
     image[32:480, 160:164] = 0
     array = dataclasses.replace(PLAIN, size=(224, 224)).array_from_image(saved(image))
     assert array[0, :, :, 0].max() < 0.2
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (40, 40), (100, 30), (30, 100), (10, 12), (16, 24), (31, 17), (24, 31)])
+@pytest.mark.parametrize("resize", [24, 28, 61])
+def test_with_resize_the_shorter_side_is_scaled_to_it_whatever_the_image(saved, shape, resize):
+    """torchvision's Resize(N) and CenterCrop, with the formulas of their documentation and Pillow's own resize."""
+    image = Image.fromarray(pixels(*shape, 3))
+    array = dataclasses.replace(PLAIN, resize=resize).array_from_image(saved(image))
+    short, long = min(shape), max(shape)
+    scaled = {short: resize, long: int(resize * long / short)}
+    larger = image.resize((scaled[shape[1]], scaled[shape[0]]), Image.Resampling.BILINEAR)
+    top, left = round((larger.height - 16) / 2.0), round((larger.width - 24) / 2.0)
+    expected = np.asarray(larger)[top : top + 16, left : left + 24]
+    np.testing.assert_allclose(array[0].transpose(1, 2, 0) * 255, expected, rtol=0, atol=1e-3)
+
+
+def test_resize_changes_what_an_image_becomes(saved):
+    """The default is the resize of 18 only where the shorter side is the one that binds."""
+    path = saved(pixels(32, 48, 3))
+    default, same, other = (
+        dataclasses.replace(PLAIN, size=(16, 16), resize=resize).array_from_image(path) for resize in (None, 18, 19)
+    )
+    assert np.array_equal(default, same)
+    assert not np.array_equal(default, other)
+    path = saved(pixels(16, 16, 3))
+    assert not np.array_equal(
+        dataclasses.replace(PLAIN, size=(16, 16)).array_from_image(path),
+        dataclasses.replace(PLAIN, size=(16, 16), resize=18).array_from_image(path),
+    )
+
+
+def test_the_pixels_are_those_that_are_normalised(saved):
+    path = saved(smooth(50, 60))
+    preprocessing = dataclasses.replace(RGB, resize=30)
+    found = preprocessing.pixels_from_image(path)
+    assert (found.shape, found.dtype, found.flags.c_contiguous) == ((3, 16, 24), np.uint8, True)
+    mean, std = (np.array(values)[:, None, None] for values in (MEAN, STD))
+    expected = (found / 255 - mean) / std
+    np.testing.assert_allclose(preprocessing.array_from_image(path)[0], expected, rtol=0, atol=2e-6)
+    with open(path, "rb") as file:
+        assert np.array_equal(preprocessing.pixels_from_image(file, ("PNG",)), found)
+    with pytest.raises(Image.UnidentifiedImageError):
+        preprocessing.pixels_from_image(path, ("JPEG",))
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_are(saved):
+    """``warnings.catch_warnings`` in two threads at once would leave the one's filters behind."""
+    path = saved(pixels(64, 64, 3))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: RGB.pixels_from_image(path), range(64)))
+    assert warnings.filters == before
+    assert all(np.array_equal(one, found[0]) for one in found)
 
 
 TURNS = {
@@ -204,12 +263,24 @@ def test_the_line_says_every_number():
         "0.485,0.456,0.406, divided by 0.229,0.224,0.225"
     )
     assert GREY.line.startswith("grey, 16x24 ")
+    assert dataclasses.replace(GREY, resize=30).line == (
+        "grey, 16x24 (the shorter side is scaled to 30, and the centre cut out), pixels in 0..1 minus 0.5, divided by "
+        "0.25"
+    )
 
 
 @pytest.mark.parametrize("shape", [(None, 3, 16, 24), (None, 3, None, None), (None, None, None, None), (1, 3, 16, 24)])
 def test_metadata_that_fit_the_input_are_read(shape):
     metadata = {"assumptions": json.dumps(ASSUMPTIONS)}
     assert preprocessing_from_metadata(metadata, TensorDescription("x", "float32", shape), "net.onnx") == RGB
+
+
+def test_resize_is_read_where_it_was_given():
+    description = TensorDescription("x", "float32", (None, 3, 16, 24))
+    for text, resize in (("24", 24), ("256", 256)):
+        metadata = {"assumptions": json.dumps({**ASSUMPTIONS, "resize": text})}
+        expected = dataclasses.replace(RGB, resize=resize)
+        assert preprocessing_from_metadata(metadata, description, "net.onnx") == expected
 
 
 def test_images_of_free_size_are_prepared_in_the_optimal_one():
@@ -232,6 +303,11 @@ def test_images_of_free_size_are_prepared_in_the_optimal_one():
         ({"size": "8x8:16x24"}, (None, 3, None, None), "metadata assumptions: not enough values to unpack"),
         ({"size": "8x8:7x24:16x24"}, (None, 3, None, None), "metadata assumptions: '8x8:7x24:16x24' is not a minimum"),
         ({"size": "8x8:16x24:32x32"}, (None, 3, 16, 24), "its input is (None, 3, 16, 24), its metadata say (16, 24)"),
+        ({"resize": "23"}, (None, 3, 16, 24), "images scaled to 23 do not cover 16x24"),
+        ({"resize": "0"}, (None, 3, 16, 24), "metadata assumptions: resize: '0' is not a number of pixels"),
+        ({"resize": "24.5"}, (None, 3, 16, 24), "metadata assumptions: resize: '24.5' is not a number of pixels"),
+        ({"resize": "²²"}, (None, 3, 16, 24), "metadata assumptions: resize: '²²' is not a number of pixels"),
+        ({"resize": 256}, (None, 3, 16, 24), "metadata assumptions: resize: expected a text, found 256"),
         ({"size": "24x16"}, (None, 3, 16, 24), "its input is (None, 3, 16, 24), its metadata say (24, 16)"),
         ({"size": "0x0"}, (None, 3, None, None), "std and size must be above 0"),
         ({}, (None, 4, 16, 24), "takes 4 channels; only grey and RGB images can be read"),
@@ -250,3 +326,95 @@ def test_a_sidecar_of_more_channels_is_refused(fashion_export):
     fields = {"mean": (0.5,) * 4, "std": (0.5,) * 4, "size": (28, 28), "channels": 4}
     with pytest.raises(InputRejected, match="takes 4 channels; only grey and RGB"):
         preprocessing_from_manifest(dataclasses.replace(manifest, preprocessing=fields), "net.engine")
+
+
+# --- resize in the sidecar
+
+
+def sidecar(fashion_export, resize=None, assumed=None):
+    """A real sidecar's text, with ``resize`` in its preprocessing, and ``assumed`` in its assumptions."""
+    fields = json.loads((fashion_export / "fashion.fp16.engine.json").read_text())
+    if resize is not None:
+        fields["preprocessing"]["resize"] = resize
+    if assumed is not None:
+        fields["assumptions"]["resize"] = assumed
+    return json.dumps(fields)
+
+
+def test_a_sidecar_with_resize_is_read_and_written_again(fashion_export):
+    manifest = manifest_from_json(sidecar(fashion_export, 32, "32"), "s")
+    assert preprocessing_from_manifest(manifest, "engine") == Preprocessing((0.5,), (0.5,), (28, 28), 1, 32)
+    assert manifest_from_json(manifest.to_json(), "s") == manifest
+    without = manifest_from_json(sidecar(fashion_export), "s")
+    assert "resize" not in without.preprocessing
+    assert preprocessing_from_manifest(without, "engine").resize is None
+
+
+def test_the_schema_has_resize_as_a_choice(fashion_export):
+    schema = json.loads((ROOT / "engines" / "sidecar.schema.json").read_text())["properties"]
+    for resize, assumed in ((32, "32"), (None, None)):
+        fields = json.loads(sidecar(fashion_export, resize, assumed))
+        for name in ("preprocessing", "assumptions"):
+            jsonschema.validate(fields[name], schema[name])
+    for resize, name in ((0, "preprocessing"), ("32", "preprocessing"), ("0", "assumptions"), (32, "assumptions")):
+        fields = json.loads(sidecar(fashion_export, resize, resize))
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(fields[name], schema[name])
+
+
+@pytest.mark.parametrize(
+    ("resize", "assumed", "said"),
+    [
+        (32, None, "preprocessing: expected a resize of none, as in assumptions.resize"),
+        (None, "32", "preprocessing: expected a resize of 32, as in assumptions.resize"),
+        (32, "33", "preprocessing: expected a resize of 33, as in assumptions.resize"),
+        (27, "27", "preprocessing.resize: expected a whole number of at least 28"),
+        ("32", "32", "preprocessing.resize: expected a whole number of at least 28"),
+        (True, "True", "preprocessing.resize: expected a whole number of at least 28"),
+    ],
+)
+def test_a_sidecar_whose_resize_contradicts_itself_is_refused(resize, assumed, said, fashion_export):
+    with pytest.raises(InputRejected) as caught:
+        manifest_from_json(sidecar(fashion_export, resize, assumed), "s")
+    assert str(caught.value).startswith(f"s: {said}")
+
+
+@pytest.fixture
+def typed(fashion_export):
+    """Makes the typed file anew with other assumptions."""
+    onnx = onnx_file_from_path(fashion_export / "fashion.fp16.onnx")
+
+    def change(**assumptions):
+        told = {**json.loads(onnx.metadata["assumptions"]), **assumptions}
+        return dataclasses.replace(onnx, metadata={**onnx.metadata, "assumptions": json.dumps(told)})
+
+    return change
+
+
+def built(onnx):
+    return manifest_from_build(
+        onnx,
+        name="net.engine",
+        sha256={"onnx": "cd" * 32, "engine": "ef" * 32},
+        sdk={"name": "tensorrt_rtx", "version": "1.7.1.116"},
+        cards=(86,),
+        batch=(1, 8, 32),
+        audit={"audited": True, "line": "7 of 7 convs in FP16", "problems": []},
+    )
+
+
+def test_a_build_takes_resize_from_the_graph(typed):
+    found = built(typed(resize="32"))
+    assert found.preprocessing == {"mean": (0.5,), "std": (0.5,), "size": (28, 28), "channels": 1, "resize": 32}
+    assert found.assumptions["resize"] == "32"
+    assert manifest_from_json(found.to_json(), "s").to_json() == found.to_json()
+    assert "resize" not in built(typed()).preprocessing
+
+
+def test_a_build_refuses_a_resize_that_cannot_be(typed):
+    with pytest.raises(
+        InputRejected, match="images scaled to 27, as its assumptions say, do not cover 28x28; build it"
+    ):
+        built(typed(resize="27"))
+    with pytest.raises(InputRejected, match="its assumptions are not JSON with mean, std and size"):
+        built(typed(resize="x"))

@@ -62,6 +62,9 @@ def test_the_sections_stand_in_order_with_the_verdict_first():
         "Ledger",
         "Layers",
         "Headroom in half",
+        "INT8",
+        "INT8, layers of model.int8.onnx",
+        "Not in INT8 in model.int8.onnx",
         "Accuracy",
         "Batch norms",
         "Branches of a block against each other",
@@ -159,7 +162,16 @@ def test_accuracy_is_in_percent_and_points():
 
 def test_a_section_without_rows_is_left_out():
     bare = dataclasses.replace(
-        PASSING, ledger=(), layers=(), headroom=(), accuracy=(), witness=None, engines=(), files=(), versions={}
+        PASSING,
+        ledger=(),
+        layers=(),
+        headroom=(),
+        quantization=(),
+        accuracy=(),
+        witness=None,
+        engines=(),
+        files=(),
+        versions={},
     )
     assert list(tables(markdown_from_report(bare))) == ["Checks", "Assumptions", "Fusion, block by block"]
 

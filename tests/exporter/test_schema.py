@@ -22,6 +22,9 @@ from exporter.errors import VerificationFailed
 from exporter.lineages.lineage import BRANCH_TENSORS
 from exporter.plain import Certificate
 from exporter.proposals import Proposal
+from exporter.quantization.calibration_file import Binding, CalibrationFile, FormCalibration, calibration_from_json
+from exporter.quantization.form import FORMS
+from exporter.quantization.ranges import METHODS
 from exporter.report import (
     AccuracyRow,
     Check,
@@ -31,16 +34,19 @@ from exporter.report import (
     HeadroomRow,
     LayerRow,
     LedgerRow,
+    QuantizationRecord,
+    QuantizedLayerRow,
     Report,
 )
 from exporter.request import PRECISION_NAMES, WEIGHTS
 from exporter.witness import CLEAR, SUSPICIOUS, UNAVAILABLE, WRONG, BlockAgreement, LayerWitness, Witness
 from tests.conftest import EXAMPLES, ROOT
-from tests.reports import AUDIT, DIGEST, PASSING, REPORT, reports
+from tests.reports import AUDIT, CALIBRATED, DIGEST, PASSING, REPORT, reports
 
 SCHEMA = json.loads((ROOT / "exporter" / "report" / "report.schema.json").read_text(encoding="utf-8"))
 SIDECAR = json.loads((ROOT / "engines" / "sidecar.schema.json").read_text(encoding="utf-8"))
-SCHEMAS = {"report": SCHEMA, "sidecar": SIDECAR}
+CALIBRATION = json.loads((ROOT / "exporter" / "quantization" / "calibration.schema.json").read_text(encoding="utf-8"))
+SCHEMAS = {"report": SCHEMA, "sidecar": SIDECAR, "calibration": CALIBRATION}
 ASSUMPTIONS = REPORT.assumptions
 MANIFEST = Manifest(
     name="model.fp16.engine",
@@ -57,12 +63,19 @@ MANIFEST = Manifest(
     audit=AUDIT,
     golden="golden.npz",
 )
-DOCUMENTS = {"report": json.loads(REPORT.to_json()), "sidecar": json.loads(MANIFEST.to_json())}
+DOCUMENTS = {
+    "report": json.loads(REPORT.to_json()),
+    "sidecar": json.loads(MANIFEST.to_json()),
+    "calibration": json.loads(CALIBRATED.to_json()),
+}
 OPEN = {("gates",), ("versions",), ("layers", "errors"), ("engines", "kept_in_float32"), ("profile",)}
-OPEN |= {("engines", "audit", "by_dtype"), ("audit", "by_dtype")}
+OPEN |= {(*where, "audit", name) for where in (("engines",), ()) for name in ("by_dtype", "int8_outputs")}
+OPEN |= {("quantization", "kept")}
+OPEN |= {("binding", name) for name in ("preprocessing", "network", "method")}
+OPEN |= {("forms", name) for name in ("factors", "ranges", "methods", "weight_scales")}
 """Objects whose keys are names of the user's files and packages."""
-OPTIONAL = {"features", "weights"}
-"""Assumptions that are there only where they were made."""
+OPTIONAL = {"Assumptions": {"features", "weights", "resize"}, "Preprocessing": {"resize"}}
+"""Fields that are there only where they were given, by the title of the object that they are in."""
 
 
 def problems(document, schema=SCHEMA):
@@ -118,18 +131,19 @@ def objects(node):
             yield from objects(inner)
 
 
-@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
-def test_every_field_is_described_and_required_and_no_other_is_let_in(schema):
+@pytest.mark.parametrize(("name", "least"), [("report", 20), ("sidecar", 7), ("calibration", 3)])
+def test_every_field_is_described_and_required_and_no_other_is_let_in(name, least):
+    schema = SCHEMAS[name]
     found = list(objects(schema))
-    assert len(found) >= 7
+    assert len(found) >= least
     for node in found:
         assert node["additionalProperties"] is False, node["title"]
-        optional = OPTIONAL if node["title"] == "Assumptions" else set()
+        optional = OPTIONAL.get(node["title"], set())
         assert set(node["required"]) == set(node["properties"]) - optional, node["title"]
-        for name, field in node["properties"].items():
+        for key, field in node["properties"].items():
             target = {**schema["$defs"].get(field.get("$ref", "").rpartition("/")[2], {}), **field}
-            assert target["title"], name
-            assert target["description"].endswith("."), name
+            assert target["title"], key
+            assert target["description"].endswith("."), key
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -145,6 +159,15 @@ def test_what_the_reader_of_sidecars_takes_is_what_the_schema_does():
         parent_of(changed, path)[path[-1]] = value
         with pytest.raises(InputRejected, match="damaged or was edited"):
             manifest_from_json(json.dumps(changed), "a sidecar")
+
+
+def test_what_the_reader_of_calibrations_takes_is_what_the_schema_does():
+    assert calibration_from_json(CALIBRATED.to_json(), "a calibration") == CALIBRATED
+    for path, value in WRONG_CALIBRATIONS.values():
+        changed = json.loads(CALIBRATED.to_json())
+        parent_of(changed, path)[path[-1]] = value
+        with pytest.raises(InputRejected, match="damaged or was edited"):
+            calibration_from_json(json.dumps(changed), "a calibration")
 
 
 def test_the_report_of_a_run_is_valid_and_so_is_its_sidecar(tmp_path):
@@ -257,6 +280,17 @@ WRONG_VALUES = {
     "an unknown precision": (("engines", 0, "precision"), "int4"),
     "a gate of an unknown precision": (("gates", "fp8"), 1e-3),
     "an unknown SDK": (("engines", 0, "sdk"), "trt"),
+    "accuracy of an unknown form": (("accuracy", 0, "precision"), "int8.trt"),
+    "an unknown form of INT8": (("quantization", 0, "form"), "fp16"),
+    "an unknown effort": (("quantization", 0, "effort"), "low"),
+    "weights of 1 bit": (("quantization", 0, "weight_bits"), 1),
+    "activations of 16 bits": (("quantization", 0, "activation_bits"), 16),
+    "no calibration images": (("quantization", 0, "images"), 0),
+    "decibels in words": (("quantization", 0, "sqnr_db"), "inf"),
+    "an agreement of 2": (("quantization", 0, "agreement"), 2.0),
+    "negative seconds": (("quantization", 0, "seconds"), -1.0),
+    "a range chosen by chance": (("quantization", 0, "layers", 0, "method"), "random"),
+    "more clipped than there is": (("quantization", 0, "layers", 0, "clipped"), 1.5),
     "an agreement above 1": (("accuracy", 0, "agreement"), 99.0),
     "a negative count": (("ledger", 0, "comparison", "non_finite"), -1),
     "half a row": (("ledger", 0, "comparison", "rows"), 1.5),
@@ -280,11 +314,30 @@ WRONG_SIDECARS = {
     "an unknown SDK": (("sdk", "name"), "openvino"),
     "no name of the golden vectors": (("golden",), ""),
 }
+WRONG_CALIBRATIONS = {
+    "another schema of calibration": (("schema",), 2),
+    "no form": (("forms",), []),
+    "an unknown form of calibration": (("forms", 0, "form"), "fp16"),
+    "a hash of other digits": (("binding", "checkpoint"), "g" * 64),
+    "a short hash of images": (("binding", "data"), DIGEST[1:]),
+    "no images": (("binding", "images"), 0),
+    "an empty text": (("binding", "network", "eps"), ""),
+    "a name without letters": (("binding", "method", ""), "x"),
+    "factors without equalization": (("forms", 0, "equalized"), False),
+    "a factor of 0": (("forms", 0, "factors", "stage0.0/Conv", 0), 0.0),
+    "a negative range": (("forms", 0, "ranges", "head/Gemm"), -1.0),
+    "an unknown method": (("forms", 0, "methods", "head/Gemm"), "entropy"),
+    "a weight without scales": (("forms", 0, "weight_scales", "head/Gemm"), []),
+    "a scale in words": (("forms", 0, "weight_scales", "head/Gemm", 0), "1"),
+}
 IMPOSSIBLE = [("report", *wrong) for wrong in WRONG_VALUES.values()]
 IMPOSSIBLE += [("sidecar", *wrong) for wrong in WRONG_SIDECARS.values()]
+IMPOSSIBLE += [("calibration", *wrong) for wrong in WRONG_CALIBRATIONS.values()]
 
 
-@pytest.mark.parametrize(("name", "path", "value"), IMPOSSIBLE, ids=[*WRONG_VALUES, *WRONG_SIDECARS])
+@pytest.mark.parametrize(
+    ("name", "path", "value"), IMPOSSIBLE, ids=[*WRONG_VALUES, *WRONG_SIDECARS, *WRONG_CALIBRATIONS]
+)
 def test_a_value_that_cannot_be_is_seen(name, path, value):
     changed = copy.deepcopy(DOCUMENTS[name])
     parent_of(changed, path)[path[-1]] = value
@@ -301,6 +354,8 @@ DATACLASSES = [
     (AccuracyRow, SCHEMA["$defs"]["accuracyRow"], set()),
     (Headroom, SCHEMA["$defs"]["headroom"], set()),
     (HeadroomRow, SCHEMA["$defs"]["headroomRow"], set()),
+    (QuantizationRecord, SCHEMA["$defs"]["quantization"], set()),
+    (QuantizedLayerRow, SCHEMA["$defs"]["quantizedLayer"], set()),
     (EngineRecord, SCHEMA["$defs"]["engine"], set()),
     (FileRecord, SCHEMA["$defs"]["file"], set()),
     (Certificate, SCHEMA["$defs"]["certificate"], set()),
@@ -312,6 +367,9 @@ DATACLASSES = [
     (BlockAgreement, SCHEMA["$defs"]["blockAgreement"], set()),
     (Report, SCHEMA, COMPUTED),
     (Manifest, SIDECAR, {"schema"}),
+    (CalibrationFile, CALIBRATION, set()),
+    (Binding, CALIBRATION["$defs"]["binding"], set()),
+    (FormCalibration, CALIBRATION["$defs"]["form"], set()),
 ]
 
 
@@ -333,6 +391,13 @@ def test_the_closed_choices_are_those_of_the_code():
     definitions = SCHEMA["$defs"]
     assert definitions["precision"]["enum"] == list(PRECISION_NAMES) == list(GATES)
     assert SIDECAR["properties"]["precision"]["enum"] == list(PRECISION_NAMES)
+    forms = [form.name for form in FORMS]
+    assert definitions["form"]["enum"] == CALIBRATION["$defs"]["form"]["properties"]["form"]["enum"] == forms
+    assert definitions["accuracyRow"]["properties"]["precision"]["enum"] == list(
+        dict.fromkeys([*PRECISION_NAMES, *forms])
+    )
+    assert definitions["quantizedLayer"]["properties"]["method"]["enum"] == list(METHODS)
+    assert CALIBRATION["$defs"]["form"]["properties"]["methods"]["additionalProperties"]["enum"] == list(METHODS)
     assert definitions["engine"]["properties"]["sdk"]["enum"] == [sdk.module for sdk in SDKS]
     assert SIDECAR["properties"]["sdk"]["properties"]["name"]["enum"] == [sdk.module for sdk in SDKS]
     assert definitions["witness"]["properties"]["verdict"]["enum"] == [CLEAR, SUSPICIOUS, WRONG, UNAVAILABLE]
@@ -342,7 +407,10 @@ def test_the_closed_choices_are_those_of_the_code():
     assert definitions["assumptions"]["properties"]["weights"]["enum"] == list(WEIGHTS)
 
 
-@pytest.mark.parametrize(("package", "name"), [("exporter.report", "report"), ("engines", "sidecar")])
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("exporter.report", "report"), ("engines", "sidecar"), ("exporter.quantization", "calibration")],
+)
 def test_the_schema_is_in_the_package(package, name):
     import tomllib
 

@@ -1,0 +1,126 @@
+"""Factors moved from one convolution to the next, so that channels need less different scales.
+
+A ReLU, the mean over an image and the product with squeeze-and-excitation's factors are positively homogeneous
+(``exporter.precisions.rescaling``), so for any f > 0, channel by channel,
+
+    the convolution     weight[c] f_c and bias[c] f_c
+    every reader        weight[:, c] / f_c       the next convolution, the one that squeezes, the classifier
+
+leave the network what it was: exactly in real numbers, to rounding in floating point. Two choices of f:
+
+    cross-layer       f_c = sqrt(r_c / w_c)            Nagel et al., ICCV 2019: afterwards both ranges of channel c are
+                      sqrt(w_c r_c), with w_c = max|weight[c]| and r_c = max over the readers' |weight[:, c]|
+    activation-aware  f_c = r_c^(1 - a) / x_c^a        Xiao et al., ICML 2023 (SmoothQuant): x_c is the largest value
+                      of channel c, and a in 0..1 says how much of the spread goes from activations to weights
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exporter.onnx_graph import Graph
+from exporter.precisions.rescaling import Seam, seams_of_graph
+
+Factors = Mapping[str, NDArray[np.float64]]
+"""By a Conv's name, what the channels (C,) of its result are multiplied by."""
+
+SWEEPS = 20
+LARGEST_FACTOR = 2.0**20
+"""A channel that is all but dead is left with what it has."""
+
+
+def free_seams(graph: Graph) -> list[Seam]:
+    """The convolutions whose channels can be multiplied, with their readers."""
+    return [seam for seam in seams_of_graph(graph) if seam.fixed is None and seam.readers]
+
+
+def with_factors(graph: Graph, factors: Factors) -> Graph:
+    """The same network with channels multiplied; weights that do not change are the same arrays.
+
+    Products are made in float64 and rounded to the weights' own dtype.
+    """
+    weights = dict(graph.weights)
+    for seam in free_seams(graph):
+        if seam.convolution.name in factors:
+            weights |= changed_weights(seam, weights, factors[seam.convolution.name])
+    return Graph(graph.structure, weights)
+
+
+def changed_weights(
+    seam: Seam, weights: Mapping[str, NDArray[Any]], factor: NDArray[np.float64]
+) -> dict[str, NDArray[Any]]:
+    """A seam's weights, with its channels multiplied by ``factor`` (C,)."""
+    changed = {}
+    for name in seam.convolution.input[1:]:
+        changed[name] = _multiplied(weights[name], factor.reshape(-1, *[1] * (weights[name].ndim - 1)))
+    for node in seam.readers:
+        weight, groups = weights[node.input[1]], _groups(node)
+        columns = np.repeat((1 / factor).reshape(groups, -1), len(weight) // groups, axis=0)
+        changed[node.input[1]] = _multiplied(weight, columns.reshape(*weight.shape[:2], *[1] * (weight.ndim - 2)))
+    return changed
+
+
+def cross_layer_factors(graph: Graph) -> dict[str, NDArray[np.float64]]:
+    """Factors that equalize the ranges of each channel's weights on its two sides, over the whole network."""
+    seams = free_seams(graph)
+    own = {seam.convolution.name: _own_range(seam, graph.weights) for seam in seams}
+    total = {name: np.ones_like(values) for name, values in own.items()}
+    weights = dict(graph.weights)
+    for _ in range(SWEEPS):
+        largest_change = 1.0
+        for seam in seams:
+            factor = bounded(np.sqrt(_ratio(readers_range(seam, weights), _own_range(seam, weights))))
+            weights |= changed_weights(seam, weights, factor)
+            total[seam.convolution.name] *= factor
+            largest_change = max(largest_change, float(np.maximum(factor, 1 / factor).max()))
+        if largest_change < 1.01:
+            break
+    return total
+
+
+def activation_aware_factor(
+    peak: NDArray[np.float64], readers: NDArray[np.float64], alpha: float
+) -> NDArray[np.float64]:
+    """The factor (C,) for channels with the largest values ``peak`` (C,) and their readers' largest weights (C,)."""
+    safe = (peak > 0) & (readers > 0)
+    factor = np.where(safe, readers ** (1 - alpha) / np.where(safe, peak, 1.0) ** alpha, 1.0)
+    middle = np.exp(np.log(factor[safe]).mean()) if safe.any() else 1.0
+    return bounded(np.where(safe, factor / middle, 1.0))
+
+
+def readers_range(seam: Seam, weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """The largest absolute weight (C,) that any reader has for each channel."""
+    largest = np.zeros(len(weights[seam.convolution.input[1]]))
+    for node in seam.readers:
+        weight, groups = np.abs(weights[node.input[1]]), _groups(node)
+        by_channel = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).max(axis=(1, 3)).reshape(-1)
+        largest = np.maximum(largest, by_channel)
+    return largest
+
+
+def bounded(factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Factors that are no larger, or smaller, than a weight can bear."""
+    return np.clip(factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
+
+
+def _own_range(seam: Seam, weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    weight = weights[seam.convolution.input[1]]
+    return np.asarray(np.abs(weight).reshape(len(weight), -1).max(axis=1), np.float64)
+
+
+def _ratio(upper: NDArray[np.float64], lower: NDArray[np.float64]) -> NDArray[np.float64]:
+    """1 where either is 0: a dead channel asks for nothing."""
+    safe = (upper > 0) & (lower > 0)
+    return np.where(safe, upper / np.where(safe, lower, 1.0), 1.0)
+
+
+def _multiplied(weight: NDArray[Any], factor: NDArray[np.float64]) -> NDArray[Any]:
+    return (weight.astype(np.float64) * factor).astype(weight.dtype)
+
+
+def _groups(node: Any) -> int:
+    return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)

@@ -1,0 +1,255 @@
+"""Layer by layer from the images on: each is fitted to what the quantized layers before it give.
+
+Two networks go through the same images side by side, the float one and the quantized one. At each Conv or Gemm
+
+    x -> range -> input scale               of the quantized network's x, with what was seen of other images
+    weight -> scale -> codes                unclipped: the largest weight has the largest code
+    product of codes, float result -> bias  (``exporter.quantization.correction``), and the scale of the channel
+
+and what the layer then gives goes on to the next. Only tensors that are still to be read are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.build import Progress
+from exporter.onnx_graph import Graph
+from exporter.precisions.rescaling import HALF_MAX, SAFETY
+from exporter.quantization.correction import moments_of, refitted
+from exporter.quantization.form import Bits, Form, levels
+from exporter.quantization.gptq import (
+    cross_covariance,
+    input_covariance,
+    retargeted,
+    rounded_by_gptq,
+    rounded_to_nearest,
+)
+from exporter.quantization.histogram import Histogram
+from exporter.quantization.quantized import Quantized, QuantizedLayer
+from exporter.quantization.ranges import range_from_histogram
+from exporter.quantization.simulation import Step, codes_of, float_layer, linear, steps_of_graph, unweighted
+
+EFFORTS = ("default", "high")
+METHOD = "mse"
+FINE_BITS = 8
+"""With fewer, weights also make up for what the layers before have done (``gptq.retargeted``)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFit:
+    """What is told of a layer: the range of its input's codes, the share of values beyond it, its result's SQNR."""
+
+    input_range: float
+    method: str
+    clipped: float
+    sqnr_db: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A quantized network, its layers' figures by name, and the outputs of both networks for the fitted images."""
+
+    quantized: Quantized
+    fits: dict[str, LayerFit]
+    exact: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+class NotRepresentable(Exception):
+    """A scale is beyond what the form's dtype holds."""
+
+
+def candidates_of(graph: Graph) -> tuple[str, ...]:
+    """The Convs and Gemms that can be INT8, in order: all but those inside squeeze-and-excitation."""
+    return tuple(step.name for step, _ in steps_of_graph(graph) if step.weighted and "/se/" not in step.name)
+
+
+def fitted_layers(
+    graph: Graph,
+    images: Tensor,
+    form: Form,
+    effort: str,
+    bits: Bits,
+    kept: Mapping[str, str],
+    seen: Mapping[str, Histogram],
+    ranges: Mapping[str, float],
+    progress: Progress,
+) -> Fitted:
+    """Quantizes every candidate that is not ``kept``.
+
+    Args:
+        graph: float32, equalized or not.
+        images: (n, C, H, W) that layers are fitted to.
+        form: how the result is to be written.
+        effort: of EFFORTS.
+        bits: of the codes.
+        kept: what stays in the form's dtype, and why.
+        seen: by layer, magnitudes of its input that other images had.
+        ranges: by layer, those of its input that are known; they do not have to be found.
+        progress: told how many layers are done, of how many.
+
+    Raises:
+        NotRepresentable: a scale or bias is beyond the form's dtype.
+    """
+    steps = steps_of_graph(graph)
+    candidates = candidates_of(graph)
+    fitting = _Fitting(graph, form, effort, bits, seen, ranges)
+    exact, quantized = {steps.image: images}, {steps.image: images.clone()}
+    done = 0
+    with torch.inference_mode():
+        for step, forgotten in steps:
+            inputs = [[tensors[name] for name in step.inputs] for tensors in (exact, quantized)]
+            if not step.weighted:
+                exact[step.output], quantized[step.output] = (unweighted(step, given) for given in inputs)
+            elif step.name not in candidates or step.name in kept:
+                exact[step.output], quantized[step.output] = (fitting.computed(step, given[0]) for given in inputs)
+            else:
+                exact[step.output], quantized[step.output] = fitting.fitted(step, inputs[0][0], inputs[1][0])
+                done += 1
+                progress(f"INT8 {effort}", done, len(candidates) - len(kept))
+            for name in forgotten:
+                exact.pop(name, None)
+                quantized.pop(name, None)
+    never = {step.name: "SE" for step, _ in steps if step.weighted and step.name not in candidates}
+    why = dict.fromkeys(never, "inside squeeze-and-excitation, on one value a channel")
+    return Fitted(
+        Quantized(form, graph, fitting.layers, {**why, **kept}),
+        fitting.fits,
+        {name: exact[name] for name in steps.outputs},
+        {name: quantized[name] for name in steps.outputs},
+    )
+
+
+class _Fitting:
+    """Fits one layer after the other, and keeps what it found."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        form: Form,
+        effort: str,
+        bits: Bits,
+        seen: Mapping[str, Histogram],
+        ranges: Mapping[str, float],
+    ) -> None:
+        self._weights, self._form, self._effort, self._bits = graph.weights, form, effort, bits
+        self._seen, self._ranges = seen, ranges
+        self.computed = float_layer(graph)
+        self.layers: dict[str, QuantizedLayer] = {}
+        self.fits: dict[str, LayerFit] = {}
+
+    def fitted(self, step: Step, x: Tensor, quantized_x: Tensor) -> tuple[Tensor, Tensor]:
+        """The float network's result from x, and the quantized one's from its own."""
+        limit = self._ranges.get(step.name) or self._range(step, quantized_x)
+        input_scale = float(self._representable(torch.tensor(limit / levels(self._bits.activations)), step))
+        codes = codes_of(quantized_x, input_scale, self._bits.activations)
+
+        weight = torch.from_numpy(self._weights[step.weight])
+        scale, rounded = self._rounded(step, weight, x, codes, input_scale)
+        product = linear(step, codes, rounded.float(), None)
+        y = self.computed(step, x)
+        factor, bias = refitted(
+            moments_of(y, product), scale.expand(len(weight)) * input_scale, per_channel=self._form.per_channel
+        )
+        weight_scale = self._representable(factor / input_scale if scale.dim() else factor[0] / input_scale, step)
+        bias = self._representable_bias(bias, step)
+        shape = (-1, *[1] * (product.dim() - 2))
+        result = product.mul_((weight_scale.expand(len(weight)) * input_scale).float().reshape(shape))
+        result = result.add_(bias.float().reshape(shape))
+        self.layers[step.name] = QuantizedLayer(
+            input_scale,
+            rounded.numpy(),
+            weight_scale.numpy().astype(self._form.dtype),
+            bias.numpy().astype(np.float32),
+        )
+        covered = input_scale * levels(self._bits.activations)
+        self.fits[step.name] = LayerFit(covered, METHOD, _share_beyond(quantized_x, covered), sqnr_db(y, result))
+        return y, result
+
+    def _range(self, step: Step, x: Tensor) -> float:
+        """Of the layer's input; 1 where it is always 0."""
+        histogram = Histogram()
+        histogram.add(x)
+        if step.name in self._seen:
+            histogram = histogram.merged(self._seen[step.name])
+        if self._form.dtype == np.float16 and histogram.largest * SAFETY > HALF_MAX:
+            raise NotRepresentable(
+                f"{step.name}: its input reaches {histogram.largest:.3g}, too near to half's largest"
+            )
+        return range_from_histogram(histogram, METHOD, levels(self._bits.activations)) if histogram.largest else 1.0
+
+    def _rounded(
+        self, step: Step, weight: Tensor, x: Tensor, codes: Tensor, input_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The weight's scale (out,) or (), and its int8 codes, in its shape."""
+        flat = weight.double().flatten(1)
+        if self._effort == "default":
+            scale = self._scale_of(flat, step)
+            return scale, rounded_to_nearest(weight, scale, levels(self._bits.weights))
+        given = _as_image(codes)
+        kernel = weight.shape[-1] if weight.dim() == 4 else 1
+        window = (kernel, step.stride, step.padding, step.groups)
+        covariance = input_covariance(given, *window) * input_scale**2
+        rows = torch.chunk(flat, step.groups)
+        if self._bits.weights < FINE_BITS:
+            cross = cross_covariance(_as_image(x), given, *window) * input_scale
+            rows = tuple(retargeted(row, cross[g], covariance[g]) for g, row in enumerate(rows))
+        aim = torch.cat(rows)
+        scale = self._scale_of(aim, step)
+        each = scale.expand(len(aim)).chunk(step.groups)
+        largest = levels(self._bits.weights)
+        found = [rounded_by_gptq(row, covariance[g], each[g], largest) for g, row in enumerate(rows)]
+        return scale, torch.cat(found).reshape(weight.shape)
+
+    def _scale_of(self, weight: Tensor, step: Step) -> Tensor:
+        """(out,), or () where the form has one for all; a weight that is all zeros has a scale, too."""
+        largest = weight.abs().amax(1) if self._form.per_channel else weight.abs().amax()
+        safe = torch.where(largest > 0, largest, 1.0)
+        return self._representable(safe / levels(self._bits.weights), step)
+
+    def _representable(self, scale: Tensor, step: Step) -> Tensor:
+        """The nearest numbers of the form's dtype, in float64."""
+        kind = torch.finfo(torch.float16 if self._form.dtype == np.float16 else torch.float32)
+        rounded: Tensor = scale.to(torch.float16 if self._form.dtype == np.float16 else torch.float32).double()
+        if not bool(((rounded >= kind.smallest_normal) & (rounded <= kind.max)).all()):
+            raise NotRepresentable(f"{step.name}: a scale is beyond {self._form.dtype}")
+        return rounded
+
+    def _representable_bias(self, bias: Tensor, step: Step) -> Tensor:
+        rounded = bias.to(torch.float16 if self._form.dtype == np.float16 else torch.float32).double()
+        if not bool(torch.isfinite(rounded).all()):
+            raise NotRepresentable(f"{step.name}: a bias is beyond {self._form.dtype}")
+        return rounded
+
+
+def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
+    """10 log10(sum y^2 / sum (y - y_q)^2); infinite where they are equal."""
+    signal = noise = 0.0
+    for y, found in zip(torch.split(exact, 8), torch.split(approximate, 8), strict=True):
+        signal += float(y.double().square().sum())
+        noise += float((y.double() - found.double()).square().sum())
+    return decibels(signal, noise)
+
+
+def decibels(signal: float, noise: float) -> float:
+    """The ratio of two sums of squares; a NaN is minus infinity."""
+    if not (np.isfinite(noise) and np.isfinite(signal)):
+        return float("-inf")
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(max(signal, 1e-300) / noise))
+
+
+def _share_beyond(x: Tensor, limit: float) -> float:
+    beyond = sum(int((part.abs() > limit).sum()) for part in torch.split(x, 8))
+    return beyond / x.numel()
+
+
+def _as_image(x: Tensor) -> Tensor:
+    return x if x.dim() == 4 else x[:, :, None, None]
