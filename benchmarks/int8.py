@@ -22,11 +22,11 @@ Timing. RepVGG-A0 with random weights and 512 made-up images at 224 px: the expo
 the fastest calibration of the other side, in turns after an unmeasured one; the ratio is that of the medians. Then the
 peak memory with 128 and with 1,024 images, and that of Percentile, which keeps every activation, with 32 and 64.
 
-    s, cpu s   wall and processor time from float32 file to INT8 file; nothing is imported in it
+    s, cpu s   wall and processor time from float32 file to INT8 file, behind the side's own imports
     peak MB    VmHWM of a process that does nothing else; ``above`` is without what it held with the float32 file
                loaded, before it began
 
-Not measured: the engines' speed or answers on a GPU, ImageNet, one's own images. No pass or fail: the reader judges.
+Not measured: the speed and the answers of engines on a GPU, and ImageNet. There is no pass or fail.
 
 NVIDIA ModelOpt 0.47 is no dependency. Measured once, its ONNX INT8 with 512 calibration and 2,000 other images, max
 and entropy calibration, per channel, scored as above:

@@ -3,7 +3,7 @@
 A worker reads a float32 ONNX file of the exporter, which says in its metadata how images are normalised, quantizes it
 with a calibration ``.npz`` and writes the INT8 file. It prints one line of JSON, a ``Cost``:
 
-    seconds       wall time from the float32 file to the INT8 file, without importing anything
+    seconds       wall time from the float32 file to the INT8 file, behind the side's own imports
     cpu_seconds   processor time of the same, on all cores
     loaded_mb     resident memory before it, with everything imported and the float32 file loaded
     peak_mb       VmHWM, the largest resident memory of the process, which the kernel keeps

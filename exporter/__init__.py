@@ -32,6 +32,7 @@ def export(
     arch: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    resize: int | None = None,
     calibration: str | os.PathLike[str] | None = None,
     labels: str | os.PathLike[str] | None = None,
     max_drop: float | None = None,
@@ -42,6 +43,9 @@ def export(
     sdk: str | None = None,
     gpu: Sequence[int] = (),
     ignore_keys: Sequence[str] = (),
+    int8_effort: str = "default",
+    int8_report: bool = False,
+    int8_budget: float | None = None,
     notify: Callable[[str], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
@@ -51,7 +55,8 @@ def export(
         path: the checkpoint, of torch.save or safetensors.
         out: the directory to write; by default one named after the checkpoint, in the working directory.
         onnx: whether to write ``<stem>.onnx``.
-        trt: precisions to write ``<stem>.P.onnx`` and ``<stem>.P.engine`` in, of "fp32", "fp16".
+        trt: precisions to write ``<stem>.P.onnx`` and ``<stem>.P.engine`` in, of "fp32", "fp16", "int8"; the last needs
+            ``calibration``.
         size: image height and width in pixels, or one number for both; or a text as the command line takes it, such as
             "160:224:320" for a dynamic height and width.
         features: stages whose results are exported instead of the classifier's, such as (1, 2, 3, 4).
@@ -62,9 +67,13 @@ def export(
         arch: a published name, such as "A0", that the checkpoint must be.
         mean: per channel, for pixels scaled to 0..1; None for ImageNet's, or 0.5 for one channel.
         std: as ``mean``.
-        calibration: an ``.npz`` with ``images``; the first four replace the noise that outputs are compared on, and the
-            first 128 must look to every batch norm as its training images did.
-        labels: an ``.npz`` with ``images`` and ``labels``; the top-1 of every precision is counted on them.
+        resize: what the shorter side of an image in a folder is scaled to before ``size`` is cut out, in pixels; None
+            for the usual.
+        calibration: a folder of images, or an ``.npz`` with ``images``; the first four replace the noise that outputs
+            are compared on, the first 128 must look to every batch norm as its training images did, and INT8 is
+            calibrated on all of them.
+        labels: a folder with one of images for each class, or an ``.npz`` with ``images`` and ``labels``; the top-1 of
+            every precision is counted on them.
         max_drop: the most top-1, in percentage points, that a precision may lose against float32.
         expect: an ``.npz`` with ``input`` and ``output`` of your own model, which must be reproduced.
         ignore_witness: whether images that the batch norms do not know are told, but let pass.
@@ -73,8 +82,11 @@ def export(
         sdk: "tensorrt" or "tensorrt_rtx"; None chooses.
         gpu: compute capabilities to build for, as in (86, 89); empty for the SDK's default.
         ignore_keys: globs of tensor names that may go unused.
+        int8_effort: "default", or "high", which rounds weights by what they do to the results, and takes longer.
+        int8_report: whether to measure what each layer in INT8 costs.
+        int8_budget: the SQNR in dB that INT8 must reach; as few layers as that takes are kept out of it.
         notify: called with each finding, one line at a time.
-        progress: called with phase, steps done and steps while an engine compiles.
+        progress: called with phase, steps done and steps while something takes long, such as an engine's compilation.
 
     Returns:
         The report; every check in it holds.
@@ -105,6 +117,7 @@ def export(
         arch=arch,
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
+        resize=resize,
         calibration=None if calibration is None else pathlib.Path(calibration),
         labels=None if labels is None else pathlib.Path(labels),
         max_drop=max_drop,
@@ -115,6 +128,9 @@ def export(
         sdk=sdk,
         gpu=tuple(gpu),
         ignore_keys=tuple(ignore_keys),
+        int8_effort=int8_effort,
+        int8_report=int8_report,
+        int8_budget=int8_budget,
     )
     told, advanced = notify or (lambda line: None), progress or (lambda phase, done, steps: None)
     report = report_from_request(request, told, advanced, Uninterrupted())

@@ -1,11 +1,10 @@
-"""The INT8 benchmark: its rescaled twin is the same network, its arithmetic is right, and its sides are comparable."""
+"""The sides of the INT8 benchmark are comparable, and it runs from end to end."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import math
 import pathlib
 
 import numpy as np
@@ -13,233 +12,16 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
-from benchmarks import int8, int8_exporter, int8_figures, int8_onnxruntime, int8_table, int8_timing, int8_worker
-from benchmarks.int8_table import OURS, THEIRS, Row, TimingRow
+from benchmarks import int8, int8_exporter, int8_figures, int8_onnxruntime, int8_timing, int8_worker
+from benchmarks.int8_table import OURS, THEIRS
 from benchmarks.int8_worker import Cost
-from benchmarks.rescaled_checkpoint import blocks_of, main, rescaled
 from exporter import export
-from tests.networks import NaiveBlock, NaiveRepVGG, Shape, contiguous_float
-
-SHAPES = {
-    "plain": Shape(),
-    "grey, more than nine blocks in a stage": Shape(depths=(1, 1, 2, 11, 1), in_channels=1),
-    "grouped, with squeeze-and-excitation": Shape(even_groups=2, se=True),
-    "without identity": Shape(identity=False),
-    "without 1x1": Shape(pointwise=False),
-}
-
-
-def twin_of(network: NaiveRepVGG, **options: float) -> NaiveRepVGG:
-    twin = NaiveRepVGG(network.shape, seed=99).double()
-    twin.load_state_dict(rescaled(network.state_dict(), **options))
-    return twin
-
-
-def images_for(shape: Shape, size: int = 64) -> torch.Tensor:
-    return torch.randn(
-        3, shape.in_channels, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-
-
-def relative_error(reference: torch.Tensor, found: torch.Tensor) -> float:
-    return float((found - reference).abs().max() / reference.abs().max())
-
-
-def block_outputs(network: NaiveRepVGG, images: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What goes into each block, and what comes out."""
-    seen = []
-    blocks = [module for module in network.modules() if isinstance(module, NaiveBlock)]
-    hooks = [
-        block.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output))) for block in blocks
-    ]
-    network.answer(images)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_twin_is_the_same_function_with_other_weights(shape):
-    network, images = NaiveRepVGG(shape).double(), images_for(shape)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    reference = network.answer(images)
-    twin = twin_of(network)
-    assert relative_error(reference, twin.answer(images)) < 1e-12
-    changed = {name for name, tensor in twin.state_dict().items() if not torch.equal(tensor, before[name])}
-    first = {"stage0.rbr_dense.conv.weight", "stage0.rbr_1x1.conv.weight"}  # their input is the image
-    weights = {
-        n for n in before if n.endswith(("conv.weight", "bn.weight", "bn.bias", "linear.weight", "se.down.weight"))
-    }
-    identity = {name for name in before if "identity" in name and not name.endswith("tracked")}
-    assert changed == (weights | identity) - first
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_a_twin_without_spread_is_the_network_itself(shape):
-    network = NaiveRepVGG(shape).double()
-    twin = twin_of(network, sigma=0.0)
-    for name, tensor in network.state_dict().items():
-        torch.testing.assert_close(twin.state_dict()[name], tensor, rtol=1e-15, atol=0)
-
-
-@pytest.mark.parametrize("sigma", [0.5, 2.0])
-def test_every_channel_of_every_block_is_multiplied_by_a_factor_of_its_own(sigma):
-    shape = Shape(depths=(1, 2, 2, 3, 2), widths=(64, 64, 64, 64, 64))
-    network, images = NaiveRepVGG(shape).double(), images_for(shape)
-    logarithms = []
-    for (_, plain), (_, moved) in zip(
-        block_outputs(network, images), block_outputs(twin_of(network, sigma=sigma), images), strict=True
-    ):
-        factors = moved.amax(dim=(0, 2, 3)) / plain.amax(dim=(0, 2, 3))
-        live = plain.amax(dim=(0, 2, 3)) > 0
-        torch.testing.assert_close(moved[:, live], plain[:, live] * factors[live][:, None, None], rtol=1e-9, atol=1e-12)
-        logarithms += factors[live].log().tolist()
-    assert abs(np.mean(logarithms)) < 0.15 * sigma
-    assert 0.85 * sigma < np.std(logarithms) < 1.15 * sigma
-    assert len({round(value, 9) for value in logarithms}) == len(logarithms)
-
-
-def test_the_statistics_of_an_identity_are_those_of_the_input_that_it_now_has():
-    network = NaiveRepVGG(Shape()).double()
-    images = images_for(network.shape)
-    twin = twin_of(network)
-    plain, moved = block_outputs(network, images)[2][0], block_outputs(twin, images)[2][0]  # stage1.1
-    old, new = network.stage1[1].rbr_identity, twin.stage1[1].rbr_identity
-    live = plain.amax(dim=(0, 2, 3)) > 0
-    factors = (moved.amax(dim=(0, 2, 3)) / plain.amax(dim=(0, 2, 3)))[live]
-    torch.testing.assert_close(new.running_mean[live], factors * old.running_mean[live])
-    torch.testing.assert_close(new.running_var[live], factors.square() * old.running_var[live])
-
-
-def test_an_epsilon_that_is_not_the_networks_own_is_noticed():
-    network = NaiveRepVGG(Shape(eps=1e-3)).double()
-    images = images_for(network.shape)
-    assert relative_error(network.answer(images), twin_of(network, eps=1e-3).answer(images)) < 1e-12
-    assert relative_error(network.answer(images), twin_of(network).answer(images)) > 1e-6
-
-
-def test_blocks_come_in_the_order_of_the_data():
-    state = NaiveRepVGG(SHAPES["grey, more than nine blocks in a stage"]).state_dict()
-    assert blocks_of(dict(reversed(state.items())))[:3] == ["stage0", "stage1.0", "stage2.0"]
-    assert blocks_of(state)[4:7] + blocks_of(state)[-3:] == [
-        *("stage3.0", "stage3.1", "stage3.2", "stage3.9", "stage3.10", "stage4.0")
-    ]
-
-
-def test_the_twin_is_written_in_the_dtypes_of_the_checkpoint(checkpoint, tmp_path):
-    main([str(checkpoint), str(tmp_path / "twin.pt"), "--seed", "3"])
-    made, state = torch.load(tmp_path / "twin.pt", weights_only=True), torch.load(checkpoint, weights_only=True)
-    assert {name: t.dtype for name, t in made.items()} == {name: t.dtype for name, t in state.items()}
-    expected = rescaled(state, seed=3)
-    assert all(torch.equal(tensor, expected[name].to(tensor.dtype)) for name, tensor in made.items())
-    assert not torch.equal(made["linear.weight"], rescaled(state, seed=4)["linear.weight"].float())
-
-
-def test_what_is_not_in_training_form_has_no_twin(saved, tmp_path):
-    path = saved({"linear.weight": torch.ones(2, 2)})
-    with pytest.raises(SystemExit, match="not a training-form RepVGG"):
-        main([str(path), str(tmp_path / "twin.pt")])
-    assert not (tmp_path / "twin.pt").exists()
-
-
-logits = arrays.arrays(np.float32, (6, 3), elements=st.floats(-100, 100, width=16))
-
-
-@settings(max_examples=60, deadline=None)
-@given(logits, logits, arrays.arrays(np.int64, 6, elements=st.integers(0, 2)))
-def test_figures_are_those_of_the_definitions(float32, quantized, labels):
-    signal = sum(float(y) ** 2 for y in float32.flat)
-    noise = sum((float(y) - float(q)) ** 2 for y, q in zip(float32.flat, quantized.flat, strict=True))
-    found = int8_figures.figures_from_logits(quantized, float32, labels)
-    if noise == 0:
-        assert found.sqnr_db == math.inf
-    elif signal == 0:
-        assert found.sqnr_db == -math.inf
-    else:
-        assert found.sqnr_db == pytest.approx(10 * math.log10(signal) - 10 * math.log10(noise), abs=1e-6)
-    first, second = (
-        [int(list(row).index(max(row)) == label) for row, label in zip(answers, labels, strict=True)]
-        for answers in (float32, quantized)
-    )
-    differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean = sum(differences) / 6
-    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 5 / 6)
-    assert found.float32_top1 == pytest.approx(100 * sum(first) / 6)
-    assert found.top1 == pytest.approx(100 * sum(second) / 6)
-    assert found.drop == pytest.approx(100 * mean)
-    assert found.standard_error == pytest.approx(100 * error)
-
-
-def test_answers_that_are_no_numbers_are_nobodys_best():
-    float32 = np.eye(3, dtype=np.float32)
-    broken = np.full((3, 3), np.nan, np.float32)
-    found = int8_figures.figures_from_logits(broken, float32, np.arange(3))
-    assert math.isnan(found.sqnr_db)
-    rows = [row("Entropy", math.nan), row("MinMax", -0.5), row("Percentile", math.nan)]
-    assert int8_table.best_of(rows).what == "MinMax"
-    assert json.loads(int8_table.json_of_results("", rows, []))["figures"][0]["figures"]["sqnr_db"] is None
+from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
 
 def cost(seconds: float = 2.0, peak: float = 300.0, digest: str = "a", images: int = 4) -> Cost:
     return Cost(seconds, 2 * seconds, 100.0, peak, images, digest)
-
-
-def row(what: str, sqnr: float, side: str = THEIRS, form: str = "int8", seconds: float = 2.0, **kind: object) -> Row:
-    figures = int8_figures.Figures(sqnr, 90.0, 89.5, 0.5, 0.25, 98.0)
-    return Row(
-        **{"network": "trained", "bits": 8, **kind},
-        form=form,
-        side=side,
-        what=what,
-        figures=figures,
-        cost=cost(seconds),
-    )
-
-
-ROWS = [
-    row("MinMax", 28.0),
-    row("Percentile", 29.0, seconds=4.0),
-    row("default", 33.0, OURS, seconds=6.0),
-    row("MinMax", 40.0, form="int8.rtx"),
-    row("MinMax", 50.0, network="rescaled"),
-    row("MinMax", 60.0, bits=4),
-    row("high", 35.0, OURS, form="int8.rtx", seconds=5.0),
-]
-
-
-def test_a_gain_is_against_the_best_of_the_same_network_form_and_bits():
-    gains = [int8_table.gain_of(one, ROWS) for one in ROWS]
-    assert gains[2] == int8_table.Gain("Percentile", 4.0, 1.5, 1.0)
-    assert gains[6] == int8_table.Gain("MinMax", -5.0, 2.5, 1.0)
-    assert [gain is None for gain in gains] == [True, True, False, True, True, True, False]
-
-
-def test_the_tables_show_every_number_in_its_column():
-    assert int8_table.figures_table(ROWS[1:3]).splitlines() == [
-        "network  form  bits  side         what        SQNR dB  gain  float32  top-1  drop    +-  agree    s  ratio"
-        "  peak MB  ratio",
-        "trained  int8  W8A8  onnxruntime  Percentile     29.0     -    90.00  89.50  0.50  0.25  98.00  4.0      -"
-        "      300      -",
-        "trained  int8  W8A8  exporter     default        33.0  +4.0    90.00  89.50  0.50  0.25  98.00  6.0   1.50"
-        "      300   1.00",
-    ]
-    timing = [
-        TimingRow(512, THEIRS, "MinMax", (cost(2.0), cost(4.0), cost(3.0))),
-        TimingRow(512, OURS, "default", (cost(5.0, 900), cost(6.0, 800), cost(9.0, 700))),
-    ]
-    assert int8_table.timing_ratios(timing[1], timing) == {
-        "seconds": 2.0,
-        "cpu_seconds": 2.0,
-        "each_round": [2.5, 1.5, 3.0],
-    }
-    assert int8_table.timing_table(timing).splitlines()[2].split() == [
-        *("512", "exporter", "default", "6.0", "5.0-9.0", "2.00", "12.0", "2.00", "800", "700")
-    ]
 
 
 def test_both_sides_make_both_forms_and_the_stress_has_4_bits():

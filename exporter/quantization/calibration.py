@@ -1,7 +1,7 @@
 """From a float32 graph and images to a quantized network, and what that costs: the page of this package to read first.
 
     images, the first few   --statistics--> ranges and shares by channel --noise_aware_factors--> equalized graph
-    the same                --fitted_layers--> the equalized network in INT8, and the network as it is; the better stays
+    some of these           --fitted_layers--> the equalized network in INT8, and the network as it is; the better stays
     all others, a stream    --histograms--> magnitudes at every layer's input, in the float network
     the first few           --fitted_layers--> codes, scales and biases, with the ranges of all
     all images, a stream    --Simulation--> SQNR of the outputs against float32, and how often the top-1 agrees
@@ -32,6 +32,7 @@ from exporter.quantization.layerwise import (
     LayerFit,
     NotRepresentable,
     candidates_of,
+    counted,
     decibels,
     fitted_layers,
     sqnr_db,
@@ -49,6 +50,10 @@ PROBED_PIXELS = 16 * 224 * 224
 AT_ONCE = 8
 ATTEMPTS = 3
 MARGIN_DB = 0.2
+USUAL = 0.99
+"""The share of images whose largest value in a channel is no more than what equalization goes by: ranges clip what only
+a few images reach, and the more images there are, the farther these lie.
+"""
 WEIGHT_SHARE = {"default": 1.0, "high": 0.3}
 """Of the noise of rounding to the nearest; GPTQ leaves about a third."""
 
@@ -90,7 +95,7 @@ class Calibrated:
     Attributes:
         quantized: codes and scales, on the equalized graph where that was better.
         factors: by convolution; empty where it is the graph as it was.
-        equalized_db: SQNR of the outputs on the fitted images, with equalization; None where that was known.
+        equalized_db: SQNR of the outputs on a few images, with equalization; None where that was known.
         plain_db: and without; minus infinity where the form's dtype cannot hold its scales.
         sqnr_db: of the outputs against float32, over all images; of several outputs, the worst.
         agreement: the share of images that both name the same class of; None where there are no classes.
@@ -187,11 +192,10 @@ def factors_from_images(graph: Graph, images: Tensor, settings: Settings) -> Fac
     first = cross_layer_factors(graph)
     begun = with_factors(graph, first)
     candidates = candidates_of(begun)
-    probed = images[: max(1, PROBED_PIXELS // (images.shape[2] * images.shape[3]))]
     second = noise_aware_factors(
         begun,
         _statistics(begun, images, candidates),
-        importance_of_channels(begun, probed, candidates),
+        importance_of_channels(begun, _probed(images), candidates),
         per_channel=settings.form.per_channel,
         bits=settings.bits,
         weight_share=WEIGHT_SHARE[settings.effort],
@@ -199,9 +203,14 @@ def factors_from_images(graph: Graph, images: Tensor, settings: Settings) -> Fac
     return {name: factor * second.get(name, 1.0) for name, factor in first.items()}
 
 
+def _probed(images: Tensor) -> Tensor:
+    """As many of them as a trial takes."""
+    return images[: max(1, PROBED_PIXELS // (images.shape[2] * images.shape[3]))]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """The better of the equalized network and the network as it is, and the SQNR of both on the fitted images."""
+    """The better of the equalized network and the network as it is, and the SQNR of both on a few images."""
 
     factors: Factors
     equalized_db: float | None
@@ -210,6 +219,7 @@ class _Choice:
 
 def _chosen(graph: Graph, images: Tensor, settings: Settings, progress: Progress) -> _Choice:
     factors = factors_from_images(graph, images, settings)
+    images = _probed(images)
     tried = {}
     problem = ""
     for equalized in (True, False):
@@ -231,21 +241,25 @@ def _statistics(graph: Graph, images: Tensor, names: tuple[str, ...]) -> dict[st
 
     def noticed(step: Step, x: Tensor) -> Tensor:
         if step.name in names:
-            others = [dimension for dimension in range(x.dim()) if dimension != 1]
-            sums = torch.stack([x.square().sum(others), x.count_nonzero(others).float()]).double()
-            peak, total = x.abs().amax(others), found.get(step.name)
-            if total is not None:
-                peak, sums = torch.maximum(peak, total[0]), sums + total[1]
-            found[step.name] = [peak, sums, torch.tensor(x.numel() // x.shape[1] + (int(total[2]) if total else 0))]
+            spread = x.flatten(2) if x.dim() == 4 else x[:, :, None]
+            peaks = torch.maximum(spread.amax(2), -spread.amin(2))
+            sums = torch.stack([spread.square().sum((0, 2)), spread.count_nonzero((0, 2)).float()]) / spread.shape[2]
+            found.setdefault(step.name, []).append(torch.cat([peaks, sums]))
         return layer(step, x)
 
     with torch.inference_mode():
         for batch in torch.split(images, AT_ONCE):
             run_steps(steps_of_graph(graph), batch, noticed)
-    return {
-        name: Statistics(peak.double().numpy(), (sums[0] / count).numpy(), (sums[1] / count).numpy())
-        for name, (peak, sums, count) in found.items()
-    }
+    return {name: _statistics_of(parts, len(images)) for name, parts in found.items()}
+
+
+def _statistics_of(parts: list[Tensor], images: int) -> Statistics:
+    """From each batch's peaks by image, above the sum of the means of squares and that of the shares of non-zeros."""
+    peaks = torch.cat([part[:-2] for part in parts]).double()
+    squares, shares = (sum(part[row].double() for part in parts) / images for row in (-2, -1))
+    return Statistics(
+        torch.quantile(peaks, USUAL, dim=0).numpy(), torch.as_tensor(squares).numpy(), torch.as_tensor(shares).numpy()
+    )
 
 
 class _Exact:
@@ -279,7 +293,7 @@ class _Exact:
     def _noticed(self, step: Step, x: Tensor) -> Tensor:
         if step.name in self.histograms:
             try:
-                self.histograms[step.name].add(x)
+                self.histograms[step.name].add(counted(x))
             except ValueError as error:
                 raise VerificationFailed(f"INT8: the input of {step.name}: {error}; look at the images") from error
         return self._layer(step, x)

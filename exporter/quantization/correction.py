@@ -36,11 +36,16 @@ def moments_of(y: Tensor, z: Tensor) -> Moments:
     """Of two tensors (N, C, ...), a few images at a time."""
     sums = torch.zeros(4, y.shape[1], dtype=torch.float64)
     count = y.numel() // y.shape[1]
-    for some_y, some_z in zip(torch.split(y, AT_ONCE), torch.split(z, AT_ONCE), strict=True):
-        a, b = (part.transpose(0, 1).flatten(1).double() for part in (some_y, some_z))
-        sums += torch.stack([a.sum(1), b.sum(1), (b * b).sum(1), (a * b).sum(1)])
+    for a, b in zip(torch.split(y, AT_ONCE), torch.split(z, AT_ONCE), strict=True):
+        sums += torch.stack([sum_by_channel(product) for product in (a, b, b * b, a * b)])
     mean_y, mean_z, square, product = sums / count
     return Moments(mean_y, mean_z, (square - mean_z**2).clamp_min(0), product - mean_y * mean_z)
+
+
+def sum_by_channel(x: Tensor) -> Tensor:
+    """(N, C, ...) to (C,) float64; a column of an image is summed in x's own dtype, which is several times as fast."""
+    columns = x.sum(2) if x.dim() == 4 else x
+    return columns.transpose(0, 1).flatten(1).sum(1, dtype=torch.float64)
 
 
 def refitted(moments: Moments, scale: Tensor, *, per_channel: bool) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,13 @@ A ReLU, the mean over an image and the product with squeeze-and-excitation's fac
     the convolution     weight[c] f_c and bias[c] f_c
     every reader        weight[:, c] / f_c       the next convolution, the one that squeezes, the classifier
 
-leave the network what it was: exactly in real numbers, to rounding in floating point. Two choices of f:
+leave the network what it was: exactly in real numbers, to rounding in floating point. Cross-layer equalization (Nagel
+et al., ICCV 2019) takes
 
-    cross-layer       f_c = sqrt(r_c / w_c)            Nagel et al., ICCV 2019: afterwards both ranges of channel c are
-                      sqrt(w_c r_c), with w_c = max|weight[c]| and r_c = max over the readers' |weight[:, c]|
-    activation-aware  f_c = r_c^(1 - a) / x_c^a        Xiao et al., ICML 2023 (SmoothQuant): x_c is the largest value
-                      of channel c, and a in 0..1 says how much of the spread goes from activations to weights
+    f_c = sqrt(r_c / w_c)        w_c = max|weight[c]|,  r_c = max over the readers' |weight[:, c]|
+
+so that both ranges of channel c become sqrt(w_c r_c). It looks at weights alone, and is where ``noise`` begins, which
+looks at activations, too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
 from exporter.onnx_graph import Graph
@@ -29,6 +31,7 @@ Factors = Mapping[str, NDArray[np.float64]]
 """By a Conv's name, what the channels (C,) of its result are multiplied by."""
 
 SWEEPS = 20
+SETTLED = 1.01
 LARGEST_FACTOR = 2.0**20
 """A channel that is all but dead is left with what it has."""
 
@@ -67,39 +70,23 @@ def changed_weights(
 def cross_layer_factors(graph: Graph) -> dict[str, NDArray[np.float64]]:
     """Factors that equalize the ranges of each channel's weights on its two sides, over the whole network."""
     seams = free_seams(graph)
-    own = {seam.convolution.name: _own_range(seam, graph.weights) for seam in seams}
-    total = {name: np.ones_like(values) for name, values in own.items()}
-    weights = dict(graph.weights)
+    nodes = {node.name: node for seam in seams for node in (seam.convolution, *seam.readers)}
+    largest = {name: _by_group(node, graph.weights) for name, node in nodes.items()}
+    total = {seam.convolution.name: np.ones(largest[seam.convolution.name][:, :, 0].size) for seam in seams}
     for _ in range(SWEEPS):
         largest_change = 1.0
         for seam in seams:
-            factor = bounded(np.sqrt(_ratio(readers_range(seam, weights), _own_range(seam, weights))))
-            weights |= changed_weights(seam, weights, factor)
+            own = largest[seam.convolution.name]
+            readers = np.max([largest[node.name].max(axis=1).reshape(-1) for node in seam.readers], axis=0)
+            factor = bounded(np.sqrt(_ratio(readers, own.max(axis=2).reshape(-1))))
+            own *= factor.reshape(*own.shape[:2], 1)
+            for node in seam.readers:
+                largest[node.name] /= factor.reshape(len(largest[node.name]), 1, -1)
             total[seam.convolution.name] *= factor
             largest_change = max(largest_change, float(np.maximum(factor, 1 / factor).max()))
-        if largest_change < 1.01:
+        if largest_change < SETTLED:
             break
     return total
-
-
-def activation_aware_factor(
-    peak: NDArray[np.float64], readers: NDArray[np.float64], alpha: float
-) -> NDArray[np.float64]:
-    """The factor (C,) for channels with the largest values ``peak`` (C,) and their readers' largest weights (C,)."""
-    safe = (peak > 0) & (readers > 0)
-    factor = np.where(safe, readers ** (1 - alpha) / np.where(safe, peak, 1.0) ** alpha, 1.0)
-    middle = np.exp(np.log(factor[safe]).mean()) if safe.any() else 1.0
-    return bounded(np.where(safe, factor / middle, 1.0))
-
-
-def readers_range(seam: Seam, weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-    """The largest absolute weight (C,) that any reader has for each channel."""
-    largest = np.zeros(len(weights[seam.convolution.input[1]]))
-    for node in seam.readers:
-        weight, groups = np.abs(weights[node.input[1]]), _groups(node)
-        by_channel = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).max(axis=(1, 3)).reshape(-1)
-        largest = np.maximum(largest, by_channel)
-    return largest
 
 
 def bounded(factor: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -107,9 +94,11 @@ def bounded(factor: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.clip(factor, 1 / LARGEST_FACTOR, LARGEST_FACTOR)
 
 
-def _own_range(seam: Seam, weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-    weight = weights[seam.convolution.input[1]]
-    return np.asarray(np.abs(weight).reshape(len(weight), -1).max(axis=1), np.float64)
+def _by_group(node: onnx.NodeProto, weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """The largest absolute weight in each kernel: (groups, out / groups, in / groups)."""
+    weight, groups = weights[node.input[1]], _groups(node)
+    largest = np.asarray(np.abs(weight).reshape(*weight.shape[:2], -1).max(axis=2), np.float64)
+    return largest.reshape(groups, len(weight) // groups, -1)
 
 
 def _ratio(upper: NDArray[np.float64], lower: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -122,5 +111,5 @@ def _multiplied(weight: NDArray[Any], factor: NDArray[np.float64]) -> NDArray[An
     return (weight.astype(np.float64) * factor).astype(weight.dtype)
 
 
-def _groups(node: Any) -> int:
+def _groups(node: onnx.NodeProto) -> int:
     return next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)

@@ -56,7 +56,7 @@ class Histogram:
             raise TypeError(f"a histogram takes float32 values, not {values.dtype}")
         if values.numel() == 0:
             return
-        values = values.detach()
+        values = _in_memory_order(values.detach())
         smallest, greatest = (float(extreme) for extreme in torch.aminmax(values))
         if not (math.isfinite(smallest) and math.isfinite(greatest)):
             raise ValueError("a value is NaN or infinite")
@@ -84,6 +84,13 @@ class Histogram:
         width = max(self.width, math.ldexp(0.5 if mantissa == 0.5 else 1.0, exponent))
         self.counts = _coarser(self.counts, self.width, width)
         self.width = width
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """The same values as a contiguous tensor, not copied where their dimensions only stand in another order."""
+    if values.dim() == 4 and not values.is_contiguous():
+        values = values.permute(0, 2, 3, 1)
+    return values.contiguous()
 
 
 def _bins(values: Tensor, width: float, *, signed: bool) -> Tensor:

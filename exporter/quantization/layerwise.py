@@ -21,7 +21,7 @@ from torch import Tensor
 from engines.build import Progress
 from exporter.onnx_graph import Graph
 from exporter.precisions.rescaling import HALF_MAX, SAFETY
-from exporter.quantization.correction import moments_of, refitted
+from exporter.quantization.correction import moments_of, refitted, sum_by_channel
 from exporter.quantization.form import Bits, Form, levels
 from exporter.quantization.gptq import (
     cross_covariance,
@@ -33,10 +33,11 @@ from exporter.quantization.gptq import (
 from exporter.quantization.histogram import Histogram
 from exporter.quantization.quantized import Quantized, QuantizedLayer
 from exporter.quantization.ranges import range_from_histogram
-from exporter.quantization.simulation import Step, codes_of, float_layer, linear, steps_of_graph, unweighted
+from exporter.quantization.simulation import Layer, Step, codes_of, float_layer, linear, steps_of_graph, unweighted
 
 EFFORTS = ("default", "high")
 METHOD = "mse"
+LARGE_MAP = 28 * 28
 FINE_BITS = 8
 """With fewer, weights also make up for what the layers before have done (``gptq.retargeted``)."""
 
@@ -104,19 +105,20 @@ def fitted_layers(
     done = 0
     with torch.inference_mode():
         for step, forgotten in steps:
-            inputs = [[tensors[name] for name in step.inputs] for tensors in (exact, quantized)]
-            if not step.weighted:
-                exact[step.output], quantized[step.output] = (unweighted(step, given) for given in inputs)
-            elif step.name not in candidates or step.name in kept:
-                exact[step.output], quantized[step.output] = (fitting.computed(step, given[0]) for given in inputs)
-            else:
-                exact[step.output], quantized[step.output] = fitting.fitted(step, inputs[0][0], inputs[1][0])
+            is_fitted = step.name in candidates and step.name not in kept
+            x = exact[step.inputs[0]] if is_fitted and bits.weights < FINE_BITS else None
+            exact[step.output] = _computed(step, exact, fitting.computed)
+            for name in forgotten:  # before the quantized network needs room for the same
+                exact.pop(name, None)
+            if is_fitted:
+                quantized[step.output] = fitting.fitted(step, x, exact[step.output], quantized[step.inputs[0]])
                 done += 1
                 progress(f"INT8 {effort}", done, len(candidates) - len(kept))
+            else:
+                quantized[step.output] = _computed(step, quantized, fitting.computed)
             for name in forgotten:
-                exact.pop(name, None)
                 quantized.pop(name, None)
-    never = {step.name: "SE" for step, _ in steps if step.weighted and step.name not in candidates}
+    never = [step.name for step, _ in steps if step.weighted and step.name not in candidates]
     why = dict.fromkeys(never, "inside squeeze-and-excitation, on one value a channel")
     return Fitted(
         Quantized(form, graph, fitting.layers, {**why, **kept}),
@@ -124,6 +126,12 @@ def fitted_layers(
         {name: exact[name] for name in steps.outputs},
         {name: quantized[name] for name in steps.outputs},
     )
+
+
+def _computed(step: Step, tensors: Mapping[str, Tensor], layer: Layer) -> Tensor:
+    """A step of the float network."""
+    inputs = [tensors[name] for name in step.inputs]
+    return layer(step, inputs[0]) if step.weighted else unweighted(step, inputs)
 
 
 class _Fitting:
@@ -144,8 +152,11 @@ class _Fitting:
         self.layers: dict[str, QuantizedLayer] = {}
         self.fits: dict[str, LayerFit] = {}
 
-    def fitted(self, step: Step, x: Tensor, quantized_x: Tensor) -> tuple[Tensor, Tensor]:
-        """The float network's result from x, and the quantized one's from its own."""
+    def fitted(self, step: Step, x: Tensor | None, y: Tensor, quantized_x: Tensor) -> Tensor:
+        """What the layer makes of the quantized network's input; y is what the float network makes of its own, x.
+
+        ``x`` is needed of less than FINE_BITS alone.
+        """
         limit = self._ranges.get(step.name) or self._range(step, quantized_x)
         input_scale = float(self._representable(torch.tensor(limit / levels(self._bits.activations)), step))
         codes = codes_of(quantized_x, input_scale, self._bits.activations)
@@ -153,7 +164,6 @@ class _Fitting:
         weight = torch.from_numpy(self._weights[step.weight])
         scale, rounded = self._rounded(step, weight, x, codes, input_scale)
         product = linear(step, codes, rounded.float(), None)
-        y = self.computed(step, x)
         factor, bias = refitted(
             moments_of(y, product), scale.expand(len(weight)) * input_scale, per_channel=self._form.per_channel
         )
@@ -170,12 +180,12 @@ class _Fitting:
         )
         covered = input_scale * levels(self._bits.activations)
         self.fits[step.name] = LayerFit(covered, METHOD, _share_beyond(quantized_x, covered), sqnr_db(y, result))
-        return y, result
+        return result
 
     def _range(self, step: Step, x: Tensor) -> float:
         """Of the layer's input; 1 where it is always 0."""
         histogram = Histogram()
-        histogram.add(x)
+        histogram.add(counted(x))
         if step.name in self._seen:
             histogram = histogram.merged(self._seen[step.name])
         if self._form.dtype == np.float16 and histogram.largest * SAFETY > HALF_MAX:
@@ -185,7 +195,7 @@ class _Fitting:
         return range_from_histogram(histogram, METHOD, levels(self._bits.activations)) if histogram.largest else 1.0
 
     def _rounded(
-        self, step: Step, weight: Tensor, x: Tensor, codes: Tensor, input_scale: float
+        self, step: Step, weight: Tensor, x: Tensor | None, codes: Tensor, input_scale: float
     ) -> tuple[Tensor, Tensor]:
         """The weight's scale (out,) or (), and its int8 codes, in its shape."""
         flat = weight.double().flatten(1)
@@ -197,7 +207,7 @@ class _Fitting:
         window = (kernel, step.stride, step.padding, step.groups)
         covariance = input_covariance(given, *window) * input_scale**2
         rows = torch.chunk(flat, step.groups)
-        if self._bits.weights < FINE_BITS:
+        if x is not None:
             cross = cross_covariance(_as_image(x), given, *window) * input_scale
             rows = tuple(retargeted(row, cross[g], covariance[g]) for g, row in enumerate(rows))
         aim = torch.cat(rows)
@@ -232,8 +242,8 @@ def sqnr_db(exact: Tensor, approximate: Tensor) -> float:
     """10 log10(sum y^2 / sum (y - y_q)^2); infinite where they are equal."""
     signal = noise = 0.0
     for y, found in zip(torch.split(exact, 8), torch.split(approximate, 8), strict=True):
-        signal += float(y.double().square().sum())
-        noise += float((y.double() - found.double()).square().sum())
+        signal += float(sum_by_channel(y.square()).sum())
+        noise += float(sum_by_channel((y - found).square()).sum())
     return decibels(signal, noise)
 
 
@@ -246,9 +256,13 @@ def decibels(signal: float, noise: float) -> float:
     return float(10 * np.log10(max(signal, 1e-300) / noise))
 
 
+def counted(x: Tensor) -> Tensor:
+    """The values of a layer's input that a range is chosen by: of large maps, every other row and column."""
+    return x[:, :, ::2, ::2] if x.dim() == 4 and x.shape[2] * x.shape[3] >= LARGE_MAP else x
+
+
 def _share_beyond(x: Tensor, limit: float) -> float:
-    beyond = sum(int((part.abs() > limit).sum()) for part in torch.split(x, 8))
-    return beyond / x.numel()
+    return (int((x > limit).count_nonzero()) + int((x < -limit).count_nonzero())) / x.numel()
 
 
 def _as_image(x: Tensor) -> Tensor:

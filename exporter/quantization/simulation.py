@@ -1,11 +1,10 @@
 """The network that a graph describes, computed by torch, in floating point or with codes in some of its layers.
 
     float       y = W x + b
-    INT8        y = (s_x s_w) (C_w c_x) + b        c_x = clip(round(x / s_x), -128, 127)
+    INT8        y = (s_x s_w C_w) c_x + b          c_x = clip(round(x / s_x), -128, 127)
 
-which is what a file with these codes computes: a product of whole numbers, scaled at the end. The sums are float32's
-here; whole numbers are exact in it up to 2^24. In the float16 form, as ONNX defines it, what is quantized was half
-before, and so is a weight that stands for a code.
+which is what a file with these codes computes, up to the rounding of float32's sums. In the float16 form, as ONNX
+defines it, what is quantized was half before, and so is a weight that stands for a code.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def codes_of(x: Tensor, scale: float, bits: int = 8) -> Tensor:
 
 def float_layer(graph: Graph, dtype: torch.dtype = torch.float32) -> Layer:
     """Computes steps with the graph's own weights, rounded to ``dtype``."""
-    tensors = {name: _laid_out(torch.from_numpy(array).to(dtype).float()) for name, array in graph.weights.items()}
+    tensors = {name: _laid_out(torch.tensor(array).to(dtype).float()) for name, array in graph.weights.items()}
 
     def computed(step: Step, x: Tensor) -> Tensor:
         return linear(step, x, tensors[step.weight], tensors[step.bias])
@@ -138,15 +137,13 @@ def float_layer(graph: Graph, dtype: torch.dtype = torch.float32) -> Layer:
 
 def quantized_layer(step: Step, x: Tensor, layer: QuantizedLayer, bits: int = 8) -> Tensor:
     """A step in codes of so many ``bits`` for its input."""
-    scale, bias = torch.from_numpy(np.asarray(layer.weight_scale)), torch.from_numpy(layer.bias)
-    shape = (-1, *[1] * (x.dim() - 2))
+    scale = torch.from_numpy(np.asarray(layer.weight_scale))
     weight = torch.from_numpy(layer.weight).float()
+    weight = weight * scale.float().reshape(-1, *[1] * (weight.dim() - 1))
     if scale.dtype == torch.float16:
-        weight = (weight * scale.float()).half().float()
-        product = linear(step, codes_of(x.half().float(), layer.input_scale, bits), _laid_out(weight), None)
-        return product.mul_(layer.input_scale).add_(bias.reshape(shape))
-    product = linear(step, codes_of(x, layer.input_scale, bits), _laid_out(weight), None)
-    return product.mul_((scale * layer.input_scale).reshape(shape)).add_(bias.reshape(shape))
+        weight, x = weight.half().float(), x.half().float()
+    weight = _laid_out(weight * layer.input_scale)
+    return linear(step, codes_of(x, layer.input_scale, bits), weight, torch.from_numpy(layer.bias))
 
 
 def _laid_out(weight: Tensor) -> Tensor:
@@ -173,6 +170,21 @@ class Simulation:
         self._layers, self._bits = quantized.layers, activation_bits
         half = quantized.form.dtype == np.float16
         self._exact = float_layer(quantized.graph, torch.float16 if half else torch.float32)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is computed, in order."""
+        return self._steps.steps
+
+    @property
+    def image(self) -> str:
+        """The name of the tensor that images are."""
+        return self._steps.image
+
+    def computed(self, step: Step, inputs: Sequence[Tensor]) -> Tensor:
+        """One step alone, which may overwrite its ``inputs``."""
+        with torch.inference_mode():
+            return self._layer(step, inputs[0]) if step.weighted else unweighted(step, inputs)
 
     def run(self, batch: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
         """(N, C, H, W) to the outputs by name."""

@@ -134,7 +134,7 @@ class AccuracyRow:
     """Top-1 of one precision on labelled images, as fractions of ``images``.
 
     ``drop`` is float32's top-1 minus this one's, ``standard_error`` that of the paired difference, ``agreement`` the
-    part of the images on which the two name the same class.
+    part of the images on which the two name the same class; on ``non_finite`` images its outputs are NaN or infinite.
     """
 
     precision: str
@@ -143,6 +143,7 @@ class AccuracyRow:
     drop: float
     standard_error: float
     agreement: float
+    non_finite: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exporter.accuracy import accuracy_check, accuracy_from_labels, row_from_answers
+from exporter.accuracy import NO_CLASS, accuracy_check, accuracy_from_labels, classes_of, row_from_answers
 from exporter.dataset import dataset_from_npz
 from exporter.errors import InputRejected
 from exporter.images import Normalisation
@@ -96,6 +96,43 @@ def test_the_largest_drop_makes_a_verdict(max_drop, passed, words, labelled):
     assert words is None or words in half.detail
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", range(CLASSES))
+def test_an_answer_with_one_value_that_is_not_finite_names_no_class(value, column):
+    outputs = one_hot(np.arange(CLASSES))
+    outputs[2, column] = value
+    assert classes_of(outputs).tolist() == [0, 1, NO_CLASS, 3]
+
+
+def nan_for_class_0(batch):
+    outputs = right(batch)["output"]
+    return {"output": np.where(outputs[:, :1] == 1, np.float32("nan"), outputs)}
+
+
+@pytest.mark.parametrize("max_drop", [None, 100.0])
+def test_outputs_that_are_not_finite_are_wrong_and_fail_whatever_may_be_lost(max_drop, labelled):
+    """The largest of NaNs is the first, so class 0 would be right."""
+    dataset, labels = labelled()
+    baseline, half = accuracy_from_labels(
+        dataset, labels, {"fp32": right, "fp16": nan_for_class_0}, lambda *steps: None
+    )
+    assert (baseline.non_finite, half.non_finite) == (0, 10)
+    assert (half.top1, half.drop, half.agreement) == (0.75, 0.25, 0.75)
+    check = accuracy_check(half, max_drop)
+    assert (check.stage, check.passed) == ("fp16, top-1", False)
+    assert check.detail.endswith("; on 10 of them its outputs are NaN or infinite")
+    assert accuracy_check(baseline, max_drop).passed
+
+
+def test_a_float32_that_is_not_finite_fails_and_agrees_with_nobody(labelled):
+    dataset, labels = labelled()
+    rows = accuracy_from_labels(
+        dataset, labels, {"fp32": nan_for_class_0, "fp16": nan_for_class_0}, lambda *steps: None
+    )
+    assert [(row.non_finite, row.agreement) for row in rows] == [(10, 0.75), (10, 0.75)]
+    assert not accuracy_check(rows[0], None).passed
+
+
 BAD_LABELS = {
     "too few": (np.arange(39), "labels are int64 (39,); expected 40 integers"),
     "of floats": (np.zeros(40), "labels are float64 (40,)"),
@@ -122,6 +159,30 @@ def test_no_labels_are_said_by_the_flag_that_needs_them(tmp_path):
 
 
 # --- the command
+
+
+def test_a_nan_in_one_answer_fails_the_run_without_a_limit_too(command, tmp_path, monkeypatch):
+    """Four images are compared with float64, and all labelled ones are looked at."""
+    from exporter import pipeline
+
+    class Spoiled:
+        def __init__(self, session):
+            self.session = session
+
+        def run(self, batch):
+            outputs = self.session.run(batch)
+            if len(batch) == 16:
+                outputs["output"][5, 3] = np.nan
+            return outputs
+
+    whole = pipeline.session_of_typed
+    monkeypatch.setattr(pipeline, "session_of_typed", lambda typed: Spoiled(whole(typed)))
+    with np.load(EXAMPLES / "fashion_test.npz") as test:
+        np.savez(tmp_path / "test.npz", images=test["images"][:40], labels=test["labels"][:40])
+    done = command(EXAMPLES / "fashion.pt", "--size", 28, "--trt", "fp16", "--labels", "test.npz", "--out", "out")
+    assert done.code == 1
+    assert done.error.startswith("fp16, top-1: ")
+    assert "; on 2 of them its outputs are NaN or infinite" in done.error
 
 
 def test_top1_of_every_precision_is_in_the_report(command, tmp_path):

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from exporter.errors import UsageError
 from exporter.precisions import PRECISIONS
+from exporter.quantization import calibration, layerwise
 from exporter.request import (
+    EFFORTS,
     LARGEST_BATCH,
     LARGEST_SIZE,
     PRECISION_NAMES,
@@ -197,7 +199,7 @@ def request(**fields):
 
 positive = st.floats(1e-3, 1e3)
 valid_fields = st.fixed_dictionaries(
-    {},
+    {"calibration": st.just(pathlib.Path("images"))},  # which int8 does not go without
     optional={
         "onnx": st.booleans(),
         "trt": st.permutations(PRECISION_NAMES).flatmap(
@@ -279,8 +281,42 @@ def test_features_have_no_labels():
 
 
 def test_int8_needs_images():
-    with pytest.raises(UsageError, match="--calib"):
+    with pytest.raises(UsageError, match="--trt int8: needs --calib with images"):
         request(trt=("int8",))
+    assert request(trt=("int8",), calibration=pathlib.Path("images")).trt == ("int8",)
+
+
+INT8_VALUES = {
+    "int8_effort": ("high", ("", "low", "HIGH")),
+    "int8_report": (True, ()),
+    "int8_budget": (35.0, (0.0, -1.0, 120.5, float("nan"), float("inf"))),
+}
+
+
+@pytest.mark.parametrize(("field", "right", "wrong"), [(name, *values) for name, values in INT8_VALUES.items()])
+def test_what_int8_is_asked_for_has_limits_and_needs_int8(field, right, wrong):
+    flag = f"--{field.replace('_', '-')}"
+    int8 = {"trt": ("fp16", "int8"), "calibration": pathlib.Path("images")}
+    assert getattr(request(**int8, **{field: right}), field) == right
+    for value in wrong:
+        with pytest.raises(UsageError, match=flag):
+            request(**int8, **{field: value})
+    with pytest.raises(UsageError, match=f"{flag}: no INT8 is asked for; add --trt int8"):
+        request(trt=("fp16",), calibration=pathlib.Path("images"), **{field: right})
+
+
+def test_the_efforts_of_the_command_line_are_those_there_are():
+    assert EFFORTS == layerwise.EFFORTS == tuple(calibration.WEIGHT_SHARE)
+
+
+@bounded
+@given(sides=st.tuples(*[st.integers(1, LARGEST_SIZE)] * 2), resize=st.integers(-5, LARGEST_SIZE + 5))
+def test_images_are_scaled_to_what_covers_the_size(sides, resize):
+    if max(sides) <= resize <= LARGEST_SIZE:
+        assert request(size=sides, resize=resize).resize == resize
+    else:
+        with pytest.raises(UsageError, match=f"--resize {resize}: is outside {max(sides)} to {LARGEST_SIZE} pixels"):
+            request(size=sides, resize=resize)
 
 
 def test_every_error_is_one_line():

@@ -469,11 +469,11 @@ def test_a_broken_sidecar_is_one_line(content, exported, tmp_path, capsys):
 def test_an_engine_of_a_precision_that_is_not_compared_is_one_line(exported, tmp_path, capsys):
     shutil.copy(exported / "fashion.fp16.engine", tmp_path)
     fields = json.loads((exported / "fashion.fp16.engine.json").read_text())
-    (tmp_path / "fashion.fp16.engine.json").write_text(json.dumps({**fields, "precision": "int8"}))
+    (tmp_path / "fashion.fp16.engine.json").write_text(json.dumps({**fields, "precision": "int4"}))
     assert main([str(CHECKPOINT), str(tmp_path / "fashion.fp16.engine")]) == 3
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "int8" in lines[0]
+    assert "int4" in lines[0]
 
 
 def test_a_graph_that_leaves_its_channels_open_takes_those_of_the_other(copy, exported, capsys):

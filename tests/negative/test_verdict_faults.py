@@ -38,6 +38,7 @@ from tests.family_names import APPLE, OFFICIAL, PLUS, QAREPVGG
 from tests.family_names import Shape as FamilyShape
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 from tests.reports import REPORT
+from tests.unsimplified import Unsimplified
 
 SIZE = 20
 FUSED = "stage1.1.fused.weight"
@@ -89,22 +90,6 @@ def plant_structure(monkeypatch, change):
     monkeypatch.setattr(pipeline, "structure_from_architecture", lambda a, size: right(change(a), size))
 
 
-class Unsimplified:
-    """In the place of onnxsim's process, whose start is what an export of a small network waits for."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def submit(self, model):
-        self.model = model
-
-    def result(self):
-        return self.model
-
-
 def plant_simplified(monkeypatch, change):
     """``change`` gets the model that comes back from the simplifier."""
     right = Unsimplified.result
@@ -131,13 +116,13 @@ def plant_outputs(monkeypatch, change):
 
 def plant_rewrite(monkeypatch, change):
     """``change`` gets (weights, peaks): what the float16 rewrite starts from."""
-    float32, half = pipeline.PRECISIONS
+    float32, half, *others = pipeline.PRECISIONS
 
     def wrong(graph, peaks):
         weights, seen = change((dict(graph.weights), dict(peaks)))
         return half.rewrite(dataclasses.replace(graph, weights=weights), seen)
 
-    monkeypatch.setattr(pipeline, "PRECISIONS", (float32, dataclasses.replace(half, rewrite=wrong)))
+    monkeypatch.setattr(pipeline, "PRECISIONS", (float32, dataclasses.replace(half, rewrite=wrong), *others))
 
 
 def plant_compiled(monkeypatch, change):
