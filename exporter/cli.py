@@ -42,6 +42,7 @@ Exports a trained RepVGG to ONNX and TensorRT, and proves that what was written 
 
   python -m exporter model.pt                        model/model.onnx, checked
   python -m exporter model.pt --onnx --trt fp16      and an FP16 engine, built without a GPU where need be
+  python -m exporter model.pt --trt int8 --calib images/   INT8, calibrated on your images
 """
 
 MEMORY_HINT = "choose a smaller --size"
@@ -91,11 +92,13 @@ def _parser() -> Parser:
         "--int8-effort",
         default="default",
         metavar="|".join(EFFORTS),
-        help="high rounds weights by what they do to the results, and takes longer",
+        help="high rounds weights by what they do to the results (GPTQ), and takes longer",
     )
     int8.add_argument("--int8-report", action="store_true", help="say what each layer in INT8 costs")
     int8.add_argument(
-        "--int8-budget", metavar="DB", help="keep as few layers out of INT8 as it takes for so many decibels of SQNR"
+        "--int8-budget",
+        metavar="DB",
+        help="the SQNR to reach over all of --calib, with as few layers out of INT8 as it takes",
     )
 
     proof = parser.add_argument_group("what to prove it on")
@@ -103,7 +106,7 @@ def _parser() -> Parser:
         "--calib",
         type=pathlib.Path,
         metavar="FOLDER|NPZ",
-        help="real images, compared on instead of noise; the batch norms must know them",
+        help="real images: INT8 is calibrated on all of them, outputs are compared on the first, not on noise",
     )
     proof.add_argument(
         "--labels",

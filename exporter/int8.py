@@ -3,55 +3,47 @@
     float32 graph, images --calibrated_from_graph--> codes and scales (``exporter.quantization.calibration``)
       --graph_from_quantized--> <stem>.int8.onnx, always; <stem>.int8.rtx.onnx where TensorRT for RTX compiles
 
-What makes a file right is asked in steps that each can fail alone: it holds the very codes (the contract), ONNX Runtime
-computes from it what was simulated when it was made, and that is near enough to float32 over all images.
-
-What calibration found is kept in <stem>.int8.calib.json with hashes of all that it was made from. A run that finds it
-there, made from the same, starts from it; made from anything else, it is refused, and says why.
+What makes a file right is asked in steps that each can fail alone: the equalized network that it was made from computes
+what the float32 graph does, the file holds the very codes (the contract), ONNX Runtime computes from it what was
+simulated when it was made, and that is near enough to the equalized network over all images.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engines.build import Progress
+from engines.files import write_whole
 from engines.parity import GATES
-from engines.sdk import Sdk, check_precision
 from exporter.architecture import Architecture
 from exporter.dataset import Dataset
-from exporter.errors import InputRejected, listed
+from exporter.description import Subject
+from exporter.errors import listed
+from exporter.findings import Findings
+from exporter.inputs import Inputs
+from exporter.int8_calibration import binding_from_request, calibrated_forms, calibration_text, known_calibration
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import Graph, with_metadata
 from exporter.onnxruntime_cpu import session_from_file, session_from_graph
+from exporter.plain import Plain
 from exporter.precisions import INT8
-from exporter.quantization.calibration import (
-    ALGORITHM,
-    Calibrated,
-    Known,
-    Settings,
-    calibrated_from_graph,
-)
-from exporter.quantization.calibration_file import (
-    SCHEMA,
-    Binding,
-    CalibrationFile,
-    FormCalibration,
-    calibration_from_file,
-    difference,
-)
+from exporter.processes import Processes
+from exporter.quantization.calibration import Calibrated
 from exporter.quantization.equivalence import least_agreement
-from exporter.quantization.form import PORTABLE, RTX, Form
 from exporter.quantization.layerwise import decibels
 from exporter.quantization.qdq import graph_from_quantized
+from exporter.quantization.quantized import Quantized
 from exporter.quantization.simulation import Simulation
 from exporter.quantized_contract import quantized_contract_problems
 from exporter.report import Check, QuantizationRecord, QuantizedLayerRow
 from exporter.request import Request
-from exporter.typed import Typed
+from exporter.staging import Staging
+from exporter.typed import Typed, submit
 
 COMPARED_IMAGES = 32
 SAME_DB = 50.0
@@ -59,69 +51,45 @@ SAME_DB = 50.0
 STEP_PIXELS = 4 * 224 * 224
 """Of the images whose tensors are all in memory for that."""
 
-Notify = Callable[[str], None]
-Progress = Callable[[str, int, int], None]
-PREPROCESSING = ("size", "mean", "std", "resize")
+REMEDY = "INT8 changes this network too much: try --int8-effort high, --int8-budget or fp16"
+EXACT_DB = 80.0
+"""Equalization changes nothing but the rounding of float32, which is 110 dB and more below the outputs."""
 
 
-def forms_of(sdk: Sdk) -> tuple[Form, ...]:
-    """The forms that are written; the last is the one that ``sdk`` compiles."""
-    return (PORTABLE, RTX) if sdk.module == "tensorrt_rtx" else (PORTABLE,)
-
-
-def binding_from_request(
-    request: Request, assumptions: Mapping[str, str], checkpoint: str, calibration: Dataset
-) -> Binding:
-    """What a calibration in this run is made from."""
-    return Binding(
-        checkpoint=checkpoint,
-        data=calibration.digest,
-        images=calibration.count,
-        preprocessing={name: text for name, text in assumptions.items() if name in PREPROCESSING},
-        network={name: text for name, text in assumptions.items() if name not in PREPROCESSING},
-        method={"effort": request.int8_effort, "algorithm": ALGORITHM, "bits": "8"},
-    )
-
-
-def known_calibration(path: pathlib.Path, binding: Binding, notify: Notify) -> dict[str, Known]:
-    """What an earlier run found, by form; nothing where its file is not there, or was made from anything else."""
-    if not path.is_file():
-        return {}
-    try:
-        found = calibration_from_file(path)
-        stale = difference(found.binding, binding)
-    except InputRejected as error:
-        stale = str(error)
-    if stale is not None:
-        notify(f"note: {path.name} is refused: {stale}; calibrating anew")
-        return {}
-    notify(f"{path.name}: from the same checkpoint, images and method; its factors and ranges are used again")
-    return {
-        form.form: Known({name: np.array(values) for name, values in form.factors.items()}, dict(form.ranges))
-        for form in found.forms
-    }
-
-
-def calibrated_forms(
-    request: Request, graph: Graph, calibration: Dataset, known: Mapping[str, Known], sdk: Sdk, progress: Progress
-) -> list[Calibrated]:
-    """The float32 ``graph`` in INT8, in each form.
-
-    Raises:
-        UsageError: a card has no INT8.
-        VerificationFailed: the budget cannot be reached, or a form cannot hold the network.
-    """
-    check_precision(sdk, INT8.name, request.gpu)
-    return [
-        calibrated_from_graph(
-            graph,
-            calibration,
-            Settings(form, request.int8_effort, budget_db=request.int8_budget, report=request.int8_report),
-            progress,
-            known.get(form.name),
-        )
-        for form in forms_of(sdk)
-    ]
+def int8_from_request(
+    subject: Subject,
+    graph: Graph,
+    plain: Plain,
+    inputs: Inputs,
+    checkpoint: str,
+    processes: Processes,
+    stage: Staging,
+    found: Findings,
+    progress: Progress,
+) -> list[Typed]:
+    """The forms of INT8, where it is asked for: calibrated, written and checked; the engine is being compiled."""
+    request, calibration = subject.request, inputs.calibration
+    if INT8.name not in request.trt or calibration is None:
+        return []
+    stem, compiler = request.path.stem, processes.compilers[INT8.name]
+    name = f"{stem}.int8.calib.json"
+    binding = binding_from_request(request, subject.assumptions, checkpoint, calibration)
+    known = known_calibration(request.out / name, binding, graph, found.note)
+    forms = calibrated_forms(request, graph, calibration, known, compiler.sdk, progress)
+    typed = []
+    for one in forms:
+        form, is_last = one.quantized.form, one is forms[-1]
+        engine = stage.path(f"{stem}.int8.engine") if is_last else None
+        path = stage.path(f"{stem}.{form.name}.onnx")
+        typed.append(typed_from_calibrated(one, subject.metadata(checkpoint, INT8.name), path, engine))
+        submit(typed[-1], compiler, request)
+        stage.seal(*typed[-1].files)
+        checks_found, record = checks_of_quantized(typed[-1], one, graph, plain.architecture, calibration, request)
+        found.add(checks_found)
+        found.add_quantization(record)
+    write_whole(stage.path(name), calibration_text(binding, forms).encode())
+    stage.seal(stage.path(name))
+    return typed
 
 
 def typed_from_calibrated(
@@ -144,16 +112,19 @@ def typed_from_calibrated(
 
 
 def checks_of_quantized(
-    typed: Typed, calibrated: Calibrated, architecture: Architecture, calibration: Dataset, request: Request
+    typed: Typed,
+    calibrated: Calibrated,
+    graph: Graph,
+    architecture: Architecture,
+    calibration: Dataset,
+    request: Request,
 ) -> tuple[list[Check], QuantizationRecord]:
-    """Whether the file is what was calibrated, computes what was simulated, and is near enough to float32."""
+    """Whether the file is what was calibrated from ``graph``, computes what was simulated, and is near to float32."""
     quantized = calibrated.quantized
     problems = quantized_contract_problems(typed.onnx, architecture, quantized)
     layers = f"{len(quantized.layers)} layers with the codes, scales and biases that were calibrated, bit for bit"
-    chosen = [layer for layer, reason in quantized.kept.items() if "squeeze-and-excitation" not in reason]
-    asked = f"{len(quantized.layers)} of {len(quantized.layers) + len(chosen)} layers in INT8"
-    left = [f"{layer} kept in {quantized.form.dtype}: {reason}" for layer, reason in quantized.kept.items()]
     images = next(calibration.batches(COMPARED_IMAGES))
+    equal = pooled_db(session_from_graph(graph).run(images), session_from_graph(quantized.graph).run(images))
     same, where = least_agreement(quantized, typed.graph, images[: _few(images)])
     exact = session_from_graph(typed.graph).run(images)
     whole = pooled_db(exact, Simulation(quantized).run(images))
@@ -161,8 +132,15 @@ def checks_of_quantized(
     floor = GATES[INT8.name].min_sqnr_db if request.int8_budget is None else request.int8_budget
     record = record_from_calibrated(calibrated, typed.onnx.name, same, kernels, request)
     checks = [
+        Check(
+            f"{typed.name}, equalization in float32",
+            equal >= EXACT_DB,
+            equal,
+            EXACT_DB,
+            f"{equal:.1f} dB on {len(images)} images (at least {EXACT_DB:g})",
+        ),
         Check(f"{typed.name}, contract", not problems, None, None, listed(problems, 5) if problems else layers),
-        Check(f"{typed.name}, precision asked for", bool(quantized.layers), None, None, "; ".join([asked, *left])),
+        Check(f"{typed.name}, precision asked for", bool(quantized.layers), None, None, _layers_in_words(quantized)),
         Check(
             f"{typed.name}, ONNX Runtime against the simulation",
             same >= SAME_DB,
@@ -176,19 +154,30 @@ def checks_of_quantized(
             floor is None or calibrated.sqnr_db >= floor,
             calibrated.sqnr_db,
             floor,
-            _quality_in_words(calibrated, floor, budget=request.int8_budget is not None),
+            _quality_in_words(calibrated, record, floor),
         ),
     ]
     return checks, record
 
 
-def _quality_in_words(calibrated: Calibrated, floor: float | None, *, budget: bool) -> str:
+def _layers_in_words(quantized: Quantized) -> str:
+    """How many layers are in INT8, of how many that could be; and which are not, and why."""
+    dtype = quantized.form.dtype
+    chosen = [layer for layer, reason in quantized.kept.items() if "squeeze-and-excitation" not in reason]
+    inside = len(quantized.kept) - len(chosen)
+    parts = [f"{len(quantized.layers)} of {len(quantized.layers) + len(chosen)} layers in INT8"]
+    parts += [f"{layer} kept in {dtype}: {quantized.kept[layer]}" for layer in chosen]
+    return "; ".join([*parts, *([f"{inside} inside squeeze-and-excitation kept in {dtype}"] if inside else [])])
+
+
+def _quality_in_words(calibrated: Calibrated, record: QuantizationRecord, floor: float | None) -> str:
     agreement = "" if calibrated.agreement is None else f", top-1 agrees on {calibrated.agreement:.2%}"
-    limit = "--int8-budget" if budget else "at least"
-    detail = f"SQNR {calibrated.sqnr_db:.1f} dB over {calibrated.images} images ({limit} {floor:g}){agreement}"
-    if floor is not None and calibrated.sqnr_db < floor:
-        detail += "; INT8 changes this network too much: try --int8-effort high, --int8-budget or fp16"
-    return detail
+    limit = "at least" if record.budget_db is None else "--int8-budget"
+    detail = (
+        f"SQNR {calibrated.sqnr_db:.1f} dB over {calibrated.images} images, {calibrated.fitted} of which layers are "
+        f"fitted to ({limit} {floor:g}){agreement}"
+    )
+    return detail if floor is None or calibrated.sqnr_db >= floor else f"{detail}; {REMEDY}"
 
 
 def record_from_calibrated(
@@ -222,26 +211,6 @@ def record_from_calibrated(
         seconds=round(calibrated.seconds, 3),
         traffic=None,
     )
-
-
-def calibration_text(binding: Binding, calibrated: list[Calibrated]) -> str:
-    """``<stem>.int8.calib.json``."""
-    forms = []
-    for one in calibrated:
-        layers = one.quantized.layers
-        scales = {name: np.atleast_1d(layer.weight_scale).astype(np.float64) for name, layer in layers.items()}
-        forms.append(
-            FormCalibration(
-                form=one.quantized.form.name,
-                equalized=one.equalized,
-                factors={name: tuple(map(float, values)) for name, values in one.factors.items()},
-                ranges={name: float(fit.input_range) for name, fit in one.fits.items()},
-                methods={name: fit.method for name, fit in one.fits.items()},
-                weight_scales={name: tuple(map(float, values)) for name, values in scales.items()},
-                sqnr_db=one.sqnr_db,
-            )
-        )
-    return CalibrationFile(SCHEMA, binding, tuple(forms)).to_json()
 
 
 Outputs = Mapping[str, NDArray[Any]]

@@ -3,7 +3,7 @@
     model.pt --checkpoint_from_path--> tensors --network_from_checkpoint--> architecture
       --reference_from_repvgg--> float64 answers of the branches themselves: what everything else must give
       --plain_from_repvgg--> one 3x3 convolution per block, each certified against its own branches
-      --onnx_from_plain--> float32 graph --typed_from_graph--> a typed graph per precision
+      --onnx_from_plain--> float32 graph --typed_from_graph, int8_from_request--> a typed graph per precision
       --write_onnx--> files, read back and held to the graph contract, run by ONNX Runtime against the reference
       --engine_from_typed--> engines, audited against their typed graphs, each with a sidecar
 
@@ -31,13 +31,14 @@ from engines.build import Progress
 from engines.files import reported_write_errors, sha256_of, write_whole
 from engines.interrupts import Uninterrupted
 from engines.traffic import prediction_of_file
-from exporter import checks, int8
+from exporter import checks
 from exporter.accuracy import BASELINE, accuracy_from_labels
 from exporter.checkpoint import Checkpoint, check_archive, checkpoint_from_path
 from exporter.description import Subject
 from exporter.findings import Findings, Notify
 from exporter.images import normalisation
 from exporter.inputs import Inputs, inputs_from_request
+from exporter.int8 import int8_from_request
 from exporter.layers import (
     LayerGraph,
     farthest_row,
@@ -162,42 +163,6 @@ def typed_from_request(
         submit(typed[-1], processes.compilers[precision.name], request)
         stage.seal(*typed[-1].files)
         found.add(contract_checks_of_typed(typed[-1], plain))
-    return typed
-
-
-def int8_from_request(
-    subject: Subject,
-    graph: Graph,
-    plain: Plain,
-    inputs: Inputs,
-    checkpoint: str,
-    processes: Processes,
-    stage: Staging,
-    found: Findings,
-    progress: Progress,
-) -> list[Typed]:
-    """The forms of INT8, where it is asked for: calibrated, written and checked; the engine is being compiled."""
-    request, calibration = subject.request, inputs.calibration
-    if INT8.name not in request.trt or calibration is None:
-        return []
-    stem, compiler = request.path.stem, processes.compilers[INT8.name]
-    name = f"{stem}.int8.calib.json"
-    binding = int8.binding_from_request(request, subject.assumptions, checkpoint, calibration)
-    known = int8.known_calibration(request.out / name, binding, found.note)
-    forms = int8.calibrated_forms(request, graph, calibration, known, compiler.sdk, progress)
-    typed = []
-    for one in forms:
-        form, is_last = one.quantized.form, one is forms[-1]
-        engine = stage.path(f"{stem}.int8.engine") if is_last else None
-        path = stage.path(f"{stem}.{form.name}.onnx")
-        typed.append(int8.typed_from_calibrated(one, subject.metadata(checkpoint, INT8.name), path, engine))
-        submit(typed[-1], compiler, request)
-        stage.seal(*typed[-1].files)
-        checks_found, record = int8.checks_of_quantized(typed[-1], one, plain.architecture, calibration, request)
-        found.add(checks_found)
-        found.add_quantization(record)
-    write_whole(stage.path(name), int8.calibration_text(binding, forms).encode())
-    stage.seal(stage.path(name))
     return typed
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 from engines.build import CompilerProcess
 from engines.process import Process
-from engines.sdk import gpu_compute_capability, sdk_for_build
+from engines.sdk import check_precision, gpu_compute_capability, sdk_for_build
 from exporter.errors import SdkMissing, VerificationFailed
 from exporter.request import Request
 
@@ -81,5 +81,7 @@ def started(request: Request) -> Iterator[Processes]:
         compilers = {}
         if request.trt:
             sdk = sdk_for_build(request.sdk, request.gpu)
+            for precision in request.trt:
+                check_precision(sdk, precision, request.gpu)
             compilers = {precision: stack.enter_context(CompilerProcess(sdk)) for precision in request.trt}
         yield Processes(stack.enter_context(SimplifierProcess()), compilers)

@@ -101,7 +101,8 @@ class Calibrated:
         agreement: the share of images that both name the same class of; None where there are no classes.
         images: how many there are.
         fitted: to how many of them layers are fitted.
-        fits: by layer.
+        ranges: of every layer's input, also where a budget kept it: what ``Known`` needs.
+        fits: by layer in INT8.
         sensitivities: by layer, where they were asked for.
         seconds: wall time.
     """
@@ -114,6 +115,7 @@ class Calibrated:
     agreement: float | None
     images: int
     fitted: int
+    ranges: Mapping[str, float]
     fits: Mapping[str, LayerFit]
     sensitivities: tuple[Sensitivity, ...]
     seconds: float
@@ -156,6 +158,7 @@ def calibrated_from_graph(
             raise VerificationFailed(f"INT8: {problem}; take fp16") from problem
 
     fitted = fitted_without({})
+    ranges = {name: fit.input_range for name, fit in fitted.fits.items()}
     exact.prepend(fitted.exact)
     rows: tuple[Sensitivity, ...] = ()
     if settings.report or settings.budget_db is not None:
@@ -173,6 +176,7 @@ def calibrated_from_graph(
         final.agreement,
         images.count,
         len(some),
+        ranges,
         fitted.fits,
         rows,
         time.monotonic() - started,
@@ -192,9 +196,13 @@ def factors_from_images(graph: Graph, images: Tensor, settings: Settings) -> Fac
     first = cross_layer_factors(graph)
     begun = with_factors(graph, first)
     candidates = candidates_of(begun)
+    statistics = _statistics(begun, images, candidates)
+    for name, of in statistics.items():
+        if not np.isfinite(of.mean_square).all():
+            raise VerificationFailed(f"INT8: the input of {name}: a value is NaN or infinite; look at the images")
     second = noise_aware_factors(
         begun,
-        _statistics(begun, images, candidates),
+        statistics,
         importance_of_channels(begun, _probed(images), candidates),
         per_channel=settings.form.per_channel,
         bits=settings.bits,
@@ -281,14 +289,34 @@ class _Exact:
             fresh = batch[max(0, skip - done) :]
             done += len(batch)
             if len(fresh):
-                given = torch.from_numpy(fresh).contiguous(memory_format=torch.channels_last)
+                given = torch.tensor(fresh).contiguous(memory_format=torch.channels_last)
                 with torch.inference_mode():
-                    self.outputs.append(run_steps(self._steps, given, self._noticed))
+                    self._keep(run_steps(self._steps, given, self._noticed))
                 self._progress("INT8 ranges", done, images.count)
 
     def prepend(self, outputs: dict[str, Tensor]) -> None:
         """The outputs of the first images, which were computed elsewhere."""
-        self.outputs.insert(0, outputs)
+        self._keep(outputs, first=True)
+
+    def _keep(self, outputs: dict[str, Tensor], *, first: bool = False) -> None:
+        """Scores; feature maps are large, and computed again where they are needed."""
+        if all(value.dim() == 2 for value in outputs.values()):
+            self.outputs.insert(0 if first else len(self.outputs), outputs)
+
+    def truths(self, images: Images) -> Iterator[tuple[NDArray[np.float32], dict[str, Tensor]]]:
+        """Each batch of all images, with the outputs for it."""
+        names = self.outputs[0] if self.outputs else ()
+        kept = {name: torch.cat([part[name] for part in self.outputs]) for name in names}
+        done = 0
+        for batch in images.batches(AT_ONCE):
+            if kept:
+                yield batch, {name: value[done : done + len(batch)] for name, value in kept.items()}
+            else:
+                given = torch.tensor(batch).contiguous(memory_format=torch.channels_last)
+                with torch.inference_mode():
+                    exact = run_steps(self._steps, given, self._layer)
+                yield batch, exact
+            done += len(batch)
 
     def _noticed(self, step: Step, x: Tensor) -> Tensor:
         if step.name in self.histograms:
@@ -309,19 +337,20 @@ class _Final:
 
 def _measured(fitted: Fitted, images: Images, exact: _Exact, settings: Settings, progress: Progress) -> _Final:
     simulation = Simulation(fitted.quantized, settings.bits.activations)
-    truth = {name: torch.cat([part[name] for part in exact.outputs]).numpy() for name in exact.outputs[0]}
-    signal, noise = dict.fromkeys(truth, 0.0), dict.fromkeys(truth, 0.0)
-    same, done = 0, 0
-    for batch in images.batches(AT_ONCE):
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    same, done, ranked = 0, 0, True
+    for batch, truth in exact.truths(images):
         for name, found in simulation.run(batch).items():
-            y = truth[name][done : done + len(batch)].astype(np.float64)
-            signal[name] += float((y**2).sum())
-            noise[name] += float(((y - found) ** 2).sum())
-            same += int((y.argmax(1) == found.argmax(1)).sum()) if y.ndim == 2 else 0
+            y = truth[name].double().numpy()
+            signal[name] = signal.get(name, 0.0) + float((y**2).sum())
+            noise[name] = noise.get(name, 0.0) + float(((y - found) ** 2).sum())
+            ranked = y.ndim == 2
+            same += int((y.argmax(1) == found.argmax(1)).sum()) if ranked else 0
         done += len(batch)
         progress("INT8 SQNR", done, images.count)
-    worst = min(decibels(signal[name], noise[name]) for name in truth)
-    return _Final(worst, same / done if all(value.ndim == 2 for value in truth.values()) else None)
+    worst = min(decibels(signal[name], noise[name]) for name in signal)
+    return _Final(worst, same / done if ranked else None)
 
 
 @dataclasses.dataclass(frozen=True)

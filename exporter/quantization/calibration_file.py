@@ -149,6 +149,21 @@ def difference(binding: Binding, other: Binding) -> str | None:
     return None
 
 
+def misfit(found: CalibrationFile, channels: Mapping[str, int]) -> str | None:
+    """What of a calibration cannot be of a network with layers of so many ``channels``, in words; None where all fits.
+
+    A file whose hashes are right may have been edited.
+    """
+    for form in found.forms:
+        for name, factors in form.factors.items():
+            if channels.get(name) != len(factors):
+                return f"its {len(factors)} factors of {_shown(name)} are not of this network"
+        for name in form.ranges:
+            if name not in channels:
+                return f"it has a range of {_shown(name)}, which this network has not"
+    return None
+
+
 def _digests(was: str, this: str, now: str) -> str:
     return f"sha256 {was[:_SHOWN_DIGITS]}..., {this} {now[:_SHOWN_DIGITS]}..."
 

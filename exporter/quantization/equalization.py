@@ -9,10 +9,11 @@ A ReLU, the mean over an image and the product with squeeze-and-excitation's fac
 leave the network what it was: exactly in real numbers, to rounding in floating point. Cross-layer equalization (Nagel
 et al., ICCV 2019) takes
 
-    f_c = sqrt(r_c / w_c)        w_c = max|weight[c]|,  r_c = max over the readers' |weight[:, c]|
+    f_c = sqrt(r_c / w_c)        w_c = max(|weight[c]|, |bias[c]|),  r_c = max over the readers' |weight[:, c]|
 
-so that both ranges of channel c become sqrt(w_c r_c). It looks at weights alone, and is where ``noise`` begins, which
-looks at activations, too.
+so that both ranges of channel c become sqrt(w_c r_c). With the bias, since a channel that weight decay has left nothing
+but that would be made as loud as its weights are small. It looks at no activations; ``noise``, which begins with its
+factors, does.
 """
 
 from __future__ import annotations
@@ -72,13 +73,18 @@ def cross_layer_factors(graph: Graph) -> dict[str, NDArray[np.float64]]:
     seams = free_seams(graph)
     nodes = {node.name: node for seam in seams for node in (seam.convolution, *seam.readers)}
     largest = {name: _by_group(node, graph.weights) for name, node in nodes.items()}
-    total = {seam.convolution.name: np.ones(largest[seam.convolution.name][:, :, 0].size) for seam in seams}
+    biases = {
+        seam.convolution.name: np.abs(graph.weights[seam.convolution.input[2]]).astype(np.float64) for seam in seams
+    }
+    total = {name: np.ones_like(bias) for name, bias in biases.items()}
     for _ in range(SWEEPS):
         largest_change = 1.0
         for seam in seams:
             own = largest[seam.convolution.name]
             readers = np.max([largest[node.name].max(axis=1).reshape(-1) for node in seam.readers], axis=0)
-            factor = bounded(np.sqrt(_ratio(readers, own.max(axis=2).reshape(-1))))
+            bias = biases[seam.convolution.name]
+            factor = bounded(np.sqrt(_ratio(readers, np.maximum(own.max(axis=2).reshape(-1), bias))))
+            bias *= factor
             own *= factor.reshape(*own.shape[:2], 1)
             for node in seam.readers:
                 largest[node.name] /= factor.reshape(len(largest[node.name]), 1, -1)

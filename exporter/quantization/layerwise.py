@@ -185,7 +185,10 @@ class _Fitting:
     def _range(self, step: Step, x: Tensor) -> float:
         """Of the layer's input; 1 where it is always 0."""
         histogram = Histogram()
-        histogram.add(counted(x))
+        try:
+            histogram.add(counted(x))
+        except ValueError as error:
+            raise NotRepresentable(f"the input of {step.name}: {error}") from error
         if step.name in self._seen:
             histogram = histogram.merged(self._seen[step.name])
         if self._form.dtype == np.float16 and histogram.largest * SAFETY > HALF_MAX:

@@ -216,7 +216,7 @@ def _largest(values: Tensor) -> Tensor:
     powers = values / top
     for _ in range(SQUARINGS):  # far faster than a power
         powers = powers.square()
-    total: Tensor = powers.sum(-1) ** (0.5**SQUARINGS)
+    total: Tensor = powers.sum(-1).clamp_min(1e-30) ** (0.5**SQUARINGS)  # a root has no slope at 0
     return total * top.squeeze(-1)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from engines.build import Progress
 from exporter.errors import VerificationFailed
 from exporter.quantization.quantized import Quantized
-from exporter.quantization.simulation import Step, float_layer, quantized_layer, steps_of_graph, unweighted
+from exporter.quantization.simulation import Step, float_layer, quantized_layer, run_steps, steps_of_graph, unweighted
 
 __all__ = ["IMAGES", "Kept", "Sensitivity", "kept_for_budget", "sensitivities", "with_kept"]
 
@@ -136,9 +136,11 @@ class _Network:
         self._steps, self._image, self._outputs = list(steps), steps.image, steps.outputs
         self._position = {step.name: index for index, step in enumerate(steps.steps)}
         self._layers, self._bits = quantized.layers, activation_bits
-        self._exact = float_layer(quantized.graph)
+        half = quantized.form.dtype == np.float16
+        self._kept = float_layer(quantized.graph, torch.float16 if half else torch.float32)
         self.batches = torch.split(torch.tensor(images[:IMAGES]), AT_ONCE)
-        self._references = [self._computed({self._image: batch}, 0, quantized.layers) for batch in self.batches]
+        exact = float_layer(quantized.graph)
+        self._references = [list(run_steps(steps, batch, exact).values()) for batch in self.batches]
         self._signal = sum(float(y.double().square().sum()) for found in self._references for y in found)
 
     def before_layers(self, batch: Tensor, kept: Collection[str]) -> dict[str, Tensors]:
@@ -188,7 +190,7 @@ class _Network:
     def _layer(self, step: Step, x: Tensor, kept: Collection[str]) -> Tensor:
         layer = self._layers.get(step.name)
         return (
-            self._exact(step, x) if layer is None or step.name in kept else quantized_layer(step, x, layer, self._bits)
+            self._kept(step, x) if layer is None or step.name in kept else quantized_layer(step, x, layer, self._bits)
         )
 
 

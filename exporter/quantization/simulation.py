@@ -4,7 +4,7 @@
     INT8        y = (s_x s_w C_w) c_x + b          c_x = clip(round(x / s_x), -128, 127)
 
 which is what a file with these codes computes, up to the rounding of float32's sums. In the float16 form, as ONNX
-defines it, what is quantized was half before, and so is a weight that stands for a code.
+defines it, what is quantized was half before, so is a weight that stands for a code, and so is a layer's result.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def quantized_layer(step: Step, x: Tensor, layer: QuantizedLayer, bits: int = 8)
     if scale.dtype == torch.float16:
         weight, x = weight.half().float(), x.half().float()
     weight = _laid_out(weight * layer.input_scale)
-    return linear(step, codes_of(x, layer.input_scale, bits), weight, torch.from_numpy(layer.bias))
+    result = linear(step, codes_of(x, layer.input_scale, bits), weight, torch.from_numpy(layer.bias))
+    return result.half().float() if scale.dtype == torch.float16 else result  # infinite where half overflows
 
 
 def _laid_out(weight: Tensor) -> Tensor:
@@ -189,7 +190,7 @@ class Simulation:
     def run(self, batch: NDArray[np.float32]) -> Mapping[str, NDArray[np.float32]]:
         """(N, C, H, W) to the outputs by name."""
         with torch.inference_mode():
-            images = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
+            images = torch.tensor(batch).contiguous(memory_format=torch.channels_last)
             outputs = run_steps(self._steps, images, self._layer)
         return {name: value.numpy() for name, value in outputs.items()}
 

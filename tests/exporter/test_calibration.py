@@ -144,7 +144,7 @@ def test_rescaled_channels_make_no_difference(trained, sound, form):
     normal, twin = (
         error_db(graphs[name], sound(form, "default", name).quantized, others) for name in ("normal", "rescaled")
     )
-    assert twin == pytest.approx(normal, abs=1.0)
+    assert twin == pytest.approx(normal, abs=1.0 if form is PORTABLE else 2.0)
     assert sound(form, "default", "rescaled").plain_db < 20
 
 
@@ -164,18 +164,8 @@ def without_bias_correction(patch):
     patch.setattr(layerwise, "refitted", lambda moments, scale, *, per_channel: (scale, last[0]))
 
 
-def without_refit(patch):
-    patch.setattr(
-        layerwise, "refitted", lambda moments, scale, *, per_channel: (scale, moments.mean_y - scale * moments.mean_z)
-    )
-
-
 def without_equalization(patch):
     patch.setattr(calibration, "factors_from_images", lambda graph, images, settings: {})
-
-
-def without_noise_factors(patch):
-    patch.setattr(calibration, "noise_aware_factors", lambda *given, **named: {})
 
 
 def with_no_importance(patch):
@@ -213,9 +203,7 @@ def with_nearest_codes(patch):
     ("fault", "effort", "loses_db"),
     [
         (without_bias_correction, "default", 1.0),
-        (without_refit, "default", 0.4),
         (without_equalization, "default", 10),
-        (without_noise_factors, "default", 2),
         (with_no_importance, "default", 2),
         (with_the_range_of_one_image, "default", 5),
         (with_another_inputs_covariance, "high", 1.5),
@@ -231,9 +219,9 @@ def test_a_step_that_fails_is_seen_in_the_figures(trained, sound, monkeypatch, f
     assert error_db(graphs["normal"], found.quantized, others) < expected - loses_db
 
 
-@forms
-@efforts
-@pytest.mark.parametrize("count", [24, 40])
+@pytest.mark.parametrize(
+    ("form", "effort", "count"), [(PORTABLE, "default", 40), (RTX, "high", 24), (RTX, "default", 40)]
+)
 def test_what_is_known_gives_the_same_codes_bit_for_bit(small, monkeypatch, form, effort, count):
     """And so does calibrating anew; with more images than layers are fitted to, too."""
     monkeypatch.setattr(calibration, "MOST_FITTED", 24)
@@ -364,8 +352,7 @@ def test_huge_activations_are_for_float32_alone(small, form):
         calibrated_from_graph(graph, Images(huge), Settings(form), silent)
 
 
-@forms
-@efforts
+@pytest.mark.parametrize(("form", "effort"), [(PORTABLE, "high"), (RTX, "default")])
 @pytest.mark.parametrize("what", ["black", "constant", "dead channel", "dead layer", "dead head", "dead reader"])
 def test_what_says_nothing_is_no_obstacle(small, form, effort, what):
     """Weights of 0, as decay leaves them; images without contrast."""
@@ -385,8 +372,7 @@ def test_what_says_nothing_is_no_obstacle(small, form, effort, what):
     assert error_db(dead, found.quantized, images) > 16
 
 
-@forms
-@pytest.mark.parametrize("share", [1e-3, 1e-6, 1e-9, 0])
+@pytest.mark.parametrize(("form", "share"), [(PORTABLE, 1e-9), (PORTABLE, 0), (RTX, 1e-9)])
 def test_a_channel_that_is_all_but_its_bias_does_not_spoil_the_others(trained, sound, form, share):
     """What decay leaves of a channel: weights of next to nothing, and the bias of its batch norm."""
     graphs, images, others = trained
@@ -395,7 +381,7 @@ def test_a_channel_that_is_all_but_its_bias_does_not_spoil_the_others(trained, s
         weights[f"{block}.weight"][5] *= np.float32(share)
         weights[f"{block}.bias"][5] = 0.3
     dead = Graph(graphs["normal"].structure, weights)
-    found = calibrated_from_graph(dead, Images(images[:32]), Settings(form), silent)
+    found = calibrated_from_graph(dead, Images(images), Settings(form), silent)
     expected = error_db(graphs["normal"], sound(form).quantized, others)
     assert error_db(dead, found.quantized, others) > expected - 3.5
     assert found.equalized
@@ -431,17 +417,19 @@ GROWTH = """
     from exporter.quantization.form import PORTABLE
     from tests.quantized_networks import float_graph, plain_network
 
+    side = int(sys.argv[2])
+
     class Images:
-        count = int(sys.argv[2])
+        count = int(sys.argv[3])
 
         def batches(self, size, count=None):
             random = np.random.default_rng(0)
             left = self.count if count is None else min(count, self.count)
             while left > 0:
-                yield random.standard_normal((min(size, left), 3, 64, 64), np.float32)
+                yield random.standard_normal((min(size, left), 3, side, side), np.float32)
                 left -= size
 
-    calibration.MOST_FITTED = 64
+    calibration.MOST_FITTED = 2**18 // side**2
     torch.set_num_threads(1)
     graph = float_graph(plain_network(sys.argv[1]))
     calibrated_from_graph(graph, Images(), Settings(PORTABLE), lambda label, done, total: None)
@@ -449,13 +437,13 @@ GROWTH = """
 """
 
 
-@pytest.mark.parametrize("name", ["plain", "features with se"])
-def test_memory_does_not_grow_with_the_number_of_images(name):
+@pytest.mark.parametrize(("name", "side", "counts"), [("plain", 64, (64, 512)), ("features with se", 160, (32, 512))])
+def test_memory_does_not_grow_with_the_number_of_images(name, side, counts):
     """With the features of stages, too, which are many times as large as the classes' scores."""
     script = textwrap.dedent(GROWTH)
     peaks = []
-    for count in (64, 1024):
-        command = [sys.executable, "-c", script, name, str(count)]
+    for count in counts:
+        command = [sys.executable, "-c", script, name, str(side), str(count)]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         peaks.append(int(done.stdout))
     assert peaks[1] < 1.1 * peaks[0]

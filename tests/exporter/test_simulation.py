@@ -88,7 +88,7 @@ def test_kept_layers_are_in_the_forms_dtype(made, name, form):
 @forms
 def test_a_wrong_number_in_one_layer_is_seen(made, form, fault):
     """The comparison at 50 dB is a comparison."""
-    architecture, images, quantized = made("plain", form)
+    _, images, quantized = made("plain", form)
     layer = quantized.layers["stage2.0/Conv"]
     changes = {
         "input scale": {"input_scale": layer.input_scale * 1.02},
@@ -151,7 +151,7 @@ def test_images_and_outputs_belong_to_the_caller(made, name, form):
 @networks
 def test_tensors_are_forgotten_once_nothing_reads_them(made, name):
     """No more than what is still to be read is there at any step; all of it is."""
-    _, images, quantized = made(name, PORTABLE)
+    quantized = made(name, PORTABLE)[2]
     steps = steps_of_graph(quantized.graph)
     there, gone = {steps.image}, set()
     for index, (step, forgotten) in enumerate(steps):
