@@ -4,7 +4,8 @@
     INT8        y = (s_x s_w C_w) c_x + b          c_x = clip(round(x / s_x), -128, 127)
 
 which is what a file with these codes computes, up to the rounding of float32's sums. In the float16 form, as ONNX
-defines it, what is quantized was half before, so is a weight that stands for a code, and so is a layer's result.
+defines it, what is quantized was half before, and so is a weight that stands for a code; a layer's result that half
+cannot hold is infinite.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from exporter.onnx_graph import Graph
+from exporter.precisions.rescaling import HALF_MAX
 from exporter.quantization.form import levels
 from exporter.quantization.quantized import Quantized, QuantizedLayer
 
@@ -144,7 +146,9 @@ def quantized_layer(step: Step, x: Tensor, layer: QuantizedLayer, bits: int = 8)
         weight, x = weight.half().float(), x.half().float()
     weight = _laid_out(weight * layer.input_scale)
     result = linear(step, codes_of(x, layer.input_scale, bits), weight, torch.from_numpy(layer.bias))
-    return result.half().float() if scale.dtype == torch.float16 else result  # infinite where half overflows
+    if scale.dtype == torch.float16:
+        return torch.where(result.abs() <= HALF_MAX, result, torch.inf)
+    return result
 
 
 def _laid_out(weight: Tensor) -> Tensor:
