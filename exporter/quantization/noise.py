@@ -35,7 +35,7 @@ from exporter.quantization.form import Bits, levels
 from exporter.quantization.simulation import Step, linear, run_steps, steps_of_graph, unweighted
 
 PROBES = 4
-DESCENT_STEPS = 50
+DESCENT_STEPS = 100
 RATE = 0.06
 SQUARINGS = 4  # of what a maximum is taken over while descending: the norm of order 2^4
 PEAK = 16.0
