@@ -36,6 +36,8 @@ from exporter.quantization.simulation import Step, linear, run_steps, steps_of_g
 
 PROBES = 4
 DESCENT_STEPS = 100
+LOOKED_AT, SETTLED = 10, 2e-3
+"""The descent ends when so many steps lower the noise by no more than this."""
 RATE = 0.06
 SQUARINGS = 4  # of what a maximum is taken over while descending: the norm of order 2^4
 PEAK = 16.0
@@ -97,9 +99,15 @@ def noise_aware_factors(
         if not logarithms:
             return {}
         descent = _Descent(logarithms)
-        for _ in range(DESCENT_STEPS):
+        earlier = float("inf")
+        for step in range(DESCENT_STEPS):
             noise = [_noise(layer, logarithms, weight_share, per_channel=per_channel, bits=bits) for layer in layers]
-            descent.step(torch.stack(noise).sum())
+            total = torch.stack(noise).sum()
+            descent.step(total)
+            if step % LOOKED_AT == LOOKED_AT - 1:
+                if total.item() > (1 - SETTLED) * earlier:
+                    break
+                earlier = total.item()
     found = {name: value.detach().clamp(-SPREAD, SPREAD).double().exp().numpy() for name, value in logarithms.items()}
     peaks = {sources[name]: of.peak for name, of in statistics.items() if name in sources}
     return {name: _at_ease(factor, peaks.get(name)) for name, factor in found.items()}
