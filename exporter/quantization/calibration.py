@@ -13,12 +13,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.build import Progress
@@ -26,47 +24,28 @@ from exporter.errors import VerificationFailed
 from exporter.onnx_graph import Graph
 from exporter.quantization.equalization import Factors, cross_layer_factors, with_factors
 from exporter.quantization.form import EIGHT, Bits, Form
-from exporter.quantization.histogram import Histogram
+from exporter.quantization.image_passes import AT_ONCE, Final, FloatPass, Images, measured, statistics_of_inputs
 from exporter.quantization.layerwise import (
     Fitted,
     LayerFit,
     NotRepresentable,
     candidates_of,
-    counted,
-    decibels,
     fitted_layers,
     sqnr_db,
 )
-from exporter.quantization.noise import Statistics, importance_of_channels, noise_aware_factors
+from exporter.quantization.noise import importance_of_channels, noise_aware_factors
 from exporter.quantization.quantized import Quantized
 from exporter.quantization.sensitivity import Sensitivity, kept_for_budget, sensitivities
-from exporter.quantization.simulation import Simulation, Step, float_layer, run_steps, steps_of_graph
 
 ALGORITHM = "1"
 """Raised whenever the same images would give other codes."""
 FITTED_PIXELS = 64 * 224 * 224
 MOST_FITTED = 512
 PROBED_PIXELS = 16 * 224 * 224
-AT_ONCE = 16
 ATTEMPTS = 3
 MARGIN_DB = 0.2
-USUAL = 0.99
-"""The share of images whose largest value in a channel is no more than what equalization goes by: ranges clip what only
-a few images reach, and the more images there are, the farther these lie.
-"""
 WEIGHT_SHARE = {"default": 1.0, "high": 0.3}
 """Of the noise of rounding to the nearest; GPTQ leaves about a third."""
-
-
-class Images(Protocol):
-    """What calibration needs of a dataset."""
-
-    @property
-    def count(self) -> int:
-        """How many images there are."""
-
-    def batches(self, size: int, count: int | None = None) -> Iterator[NDArray[np.float32]]:
-        """All images, or the first ``count``, (n, C, H, W) float32 normalised, ``size`` at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +124,7 @@ def calibrated_from_graph(
     some = fitted_images(images)
     choice = _chosen(graph, some, settings, progress) if known is None else _Choice(known.factors, None, None)
     chosen = with_factors(graph, choice.factors)
-    exact = _Exact(chosen, progress)
+    exact = FloatPass(chosen, progress)
     ranges = {} if known is None else known.ranges
     exact.stream(images, skip=len(some), counted=known is None)
 
@@ -163,10 +142,12 @@ def calibrated_from_graph(
     rows: tuple[Sensitivity, ...] = ()
     if settings.report or settings.budget_db is not None:
         rows = sensitivities(fitted.quantized, some.numpy(), progress, settings.bits.activations)
-    final = _measured(fitted, images, exact, settings, progress)
+    final = measured(fitted, images, exact, settings.bits.activations, progress)
     if settings.budget_db is not None and final.sqnr_db < settings.budget_db:
         budget = _Budget(settings.budget_db, fitted.quantized, some, rows, settings.bits, progress)
-        fitted, final = budget.met(fitted_without, lambda one: _measured(one, images, exact, settings, progress))
+        fitted, final = budget.met(
+            fitted_without, lambda one: measured(one, images, exact, settings.bits.activations, progress)
+        )
     return Calibrated(
         fitted.quantized,
         choice.factors,
@@ -196,7 +177,7 @@ def factors_from_images(graph: Graph, images: Tensor, settings: Settings) -> Fac
     first = cross_layer_factors(graph)
     begun = with_factors(graph, first)
     candidates = candidates_of(begun)
-    statistics = _statistics(begun, images, candidates)
+    statistics = statistics_of_inputs(begun, images, candidates)
     for name, of in statistics.items():
         if not np.isfinite(of.mean_square).all():
             raise VerificationFailed(f"INT8: the input of {name}: a value is NaN or infinite; look at the images")
@@ -242,117 +223,6 @@ def _chosen(graph: Graph, images: Tensor, settings: Settings, progress: Progress
     return _Choice(factors if tried[True] >= tried[False] else {}, tried[True], tried[False])
 
 
-def _statistics(graph: Graph, images: Tensor, names: tuple[str, ...]) -> dict[str, Statistics]:
-    """Of the inputs of these layers in the float network."""
-    layer = float_layer(graph)
-    found: dict[str, list[Tensor]] = {}
-
-    def noticed(step: Step, x: Tensor) -> Tensor:
-        if step.name in names:
-            spread = x.flatten(2) if x.dim() == 4 else x[:, :, None]
-            peaks = torch.maximum(spread.amax(2), -spread.amin(2))
-            sums = torch.stack([spread.square().sum((0, 2)), spread.count_nonzero((0, 2)).float()]) / spread.shape[2]
-            found.setdefault(step.name, []).append(torch.cat([peaks, sums]))
-        return layer(step, x)
-
-    with torch.inference_mode():
-        for batch in torch.split(images, AT_ONCE):
-            run_steps(steps_of_graph(graph), batch, noticed)
-    return {name: _statistics_of(parts, len(images)) for name, parts in found.items()}
-
-
-def _statistics_of(parts: list[Tensor], images: int) -> Statistics:
-    """From each batch's peaks by image, above the sum of the means of squares and that of the shares of non-zeros."""
-    peaks = torch.cat([part[:-2] for part in parts]).double()
-    squares, shares = (sum(part[row].double() for part in parts) / images for row in (-2, -1))
-    return Statistics(
-        torch.quantile(peaks, USUAL, dim=0).numpy(), torch.as_tensor(squares).numpy(), torch.as_tensor(shares).numpy()
-    )
-
-
-class _Exact:
-    """The float network over all images: its outputs, and how large the inputs of its layers become."""
-
-    def __init__(self, graph: Graph, progress: Progress) -> None:
-        self._steps, self._layer, self._progress = steps_of_graph(graph), float_layer(graph), progress
-        self._names = candidates_of(graph)
-        self.histograms: dict[str, Histogram] = {}
-        self.outputs: list[dict[str, Tensor]] = []
-
-    def stream(self, images: Images, skip: int, *, counted: bool) -> None:
-        """Goes through all images but the first ``skip``; magnitudes are ``counted``, or only outputs kept."""
-        if images.count <= skip:
-            return
-        self.histograms = {name: Histogram() for name in self._names} if counted else {}
-        done = 0
-        for batch in images.batches(AT_ONCE):
-            fresh = batch[max(0, skip - done) :]
-            done += len(batch)
-            if len(fresh):
-                given = torch.tensor(fresh).contiguous(memory_format=torch.channels_last)
-                with torch.inference_mode():
-                    self._keep(run_steps(self._steps, given, self._noticed))
-                self._progress("INT8 ranges", done, images.count)
-
-    def prepend(self, outputs: dict[str, Tensor]) -> None:
-        """The outputs of the first images, which were computed elsewhere."""
-        self._keep(outputs, first=True)
-
-    def _keep(self, outputs: dict[str, Tensor], *, first: bool = False) -> None:
-        """Scores; feature maps are large, and computed again where they are needed."""
-        if all(value.dim() == 2 for value in outputs.values()):
-            self.outputs.insert(0 if first else len(self.outputs), outputs)
-
-    def truths(self, images: Images) -> Iterator[tuple[NDArray[np.float32], dict[str, Tensor]]]:
-        """Each batch of all images, with the outputs for it."""
-        names = self.outputs[0] if self.outputs else ()
-        kept = {name: torch.cat([part[name] for part in self.outputs]) for name in names}
-        done = 0
-        for batch in images.batches(AT_ONCE):
-            if kept:
-                yield batch, {name: value[done : done + len(batch)] for name, value in kept.items()}
-            else:
-                given = torch.tensor(batch).contiguous(memory_format=torch.channels_last)
-                with torch.inference_mode():
-                    exact = run_steps(self._steps, given, self._layer)
-                yield batch, exact
-            done += len(batch)
-
-    def _noticed(self, step: Step, x: Tensor) -> Tensor:
-        if step.name in self.histograms:
-            try:
-                self.histograms[step.name].add(counted(x))
-            except ValueError as error:
-                raise VerificationFailed(f"INT8: the input of {step.name}: {error}; look at the images") from error
-        return self._layer(step, x)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Final:
-    """The SQNR of the worst output over all images, and how often the top-1 agrees, where there are classes."""
-
-    sqnr_db: float
-    agreement: float | None
-
-
-def _measured(fitted: Fitted, images: Images, exact: _Exact, settings: Settings, progress: Progress) -> _Final:
-    simulation = Simulation(fitted.quantized, settings.bits.activations)
-    signal: dict[str, float] = {}
-    noise: dict[str, float] = {}
-    same, done, ranked = 0, 0, True
-    for batch, truth in exact.truths(images):
-        for name, found in simulation.run(batch).items():
-            y = truth[name].double().numpy()
-            signal[name] = signal.get(name, 0.0) + float((y**2).sum())
-            noise[name] = noise.get(name, 0.0) + float(((y - found) ** 2).sum())
-            ranked = y.ndim == 2
-            same += int((y.argmax(1) == found.argmax(1)).sum()) if ranked else 0
-        done += len(batch)
-        progress("INT8 SQNR", done, images.count)
-    worst = min(decibels(signal[name], noise[name]) for name in signal)
-    return _Final(worst, same / done if ranked else None)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Budget:
     """An SQNR to reach on all images, by keeping layers out of INT8; which ones is decided on the fitted images."""
@@ -365,8 +235,8 @@ class _Budget:
     progress: Progress
 
     def met(
-        self, fitted_without: Callable[[Mapping[str, str]], Fitted], measured: Callable[[Fitted], _Final]
-    ) -> tuple[Fitted, _Final]:
+        self, fitted_without: Callable[[Mapping[str, str]], Fitted], figures: Callable[[Fitted], Final]
+    ) -> tuple[Fitted, Final]:
         """The network with few layers kept, and its figures.
 
         Raises:
@@ -378,7 +248,7 @@ class _Budget:
                 self.whole, self.images.numpy(), wanted, self.rows, self.progress, self.bits.activations
             )
             fitted = fitted_without(dict.fromkeys(kept.names, reason))
-            final = measured(fitted)
+            final = figures(fitted)
             if final.sqnr_db >= self.decibels:
                 return fitted, final
             wanted += self.decibels - final.sqnr_db + MARGIN_DB
