@@ -28,6 +28,7 @@ from exporter.quantization.calibration_file import (
     misfit,
 )
 from exporter.quantization.form import PORTABLE, RTX, Form
+from exporter.quantization.layerwise import METHOD
 from exporter.request import Request
 
 Notify = Callable[[str], None]
@@ -98,7 +99,7 @@ def calibration_text(binding: Binding, calibrated: list[Calibrated]) -> str:
     """``<stem>.int8.calib.json``."""
     forms = []
     for one in calibrated:
-        layers = one.quantized.layers
+        layers = one.whole.layers
         scales = {name: np.atleast_1d(layer.weight_scale).astype(np.float64) for name, layer in layers.items()}
         forms.append(
             FormCalibration(
@@ -106,7 +107,7 @@ def calibration_text(binding: Binding, calibrated: list[Calibrated]) -> str:
                 equalized=one.equalized,
                 factors={name: tuple(map(float, values)) for name, values in one.factors.items()},
                 ranges={name: float(value) for name, value in one.ranges.items()},
-                methods={name: fit.method for name, fit in one.fits.items()},
+                methods=dict.fromkeys(one.ranges, METHOD),
                 weight_scales={name: tuple(map(float, values)) for name, values in scales.items()},
                 sqnr_db=one.sqnr_db,
             )

@@ -80,7 +80,8 @@ class Calibrated:
         agreement: the share of images that both name the same class of; None where there are no classes.
         images: how many there are.
         fitted: to how many of them layers are fitted.
-        ranges: of every layer's input, also where a budget kept it: what ``Known`` needs.
+        whole: with every layer in INT8, also those that a budget kept out of it.
+        ranges: of every layer's input in that: what ``Known`` needs.
         fits: by layer in INT8.
         sensitivities: by layer, where they were asked for.
         seconds: wall time.
@@ -94,6 +95,7 @@ class Calibrated:
     agreement: float | None
     images: int
     fitted: int
+    whole: Quantized
     ranges: Mapping[str, float]
     fits: Mapping[str, LayerFit]
     sensitivities: tuple[Sensitivity, ...]
@@ -137,14 +139,15 @@ def calibrated_from_graph(
             raise VerificationFailed(f"INT8: {problem}; take fp16") from problem
 
     fitted = fitted_without({})
-    ranges = {name: fit.input_range for name, fit in fitted.fits.items()}
+    whole = fitted.quantized
+    ranges = {name: fit.input_range for name, fit in fitted.fits.items()}  # from now on, also with layers kept
     exact.prepend(fitted.exact)
     rows: tuple[Sensitivity, ...] = ()
     if settings.report or settings.budget_db is not None:
         rows = sensitivities(fitted.quantized, some.numpy(), progress, settings.bits.activations)
     final = measured(fitted, images, exact, settings.bits.activations, progress)
     if settings.budget_db is not None and final.sqnr_db < settings.budget_db:
-        budget = _Budget(settings.budget_db, fitted.quantized, some, rows, settings.bits, progress)
+        budget = _Budget(settings.budget_db, whole, some, rows, settings.bits, progress)
         fitted, final = budget.met(
             fitted_without, lambda one: measured(one, images, exact, settings.bits.activations, progress)
         )
@@ -157,6 +160,7 @@ def calibrated_from_graph(
         final.agreement,
         images.count,
         len(some),
+        whole,
         ranges,
         fitted.fits,
         rows,

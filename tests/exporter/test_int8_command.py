@@ -318,6 +318,8 @@ def test_a_budget_keeps_few_layers_by_name_and_is_met(form, budgeted, plain):
 def test_without_the_budget_its_calibration_serves_the_layers_that_it_kept(budgeted, plain, workshop):
     copy = shutil.copytree(budgeted.out, workshop / "after the budget")
     again = passed(export(workshop, out=copy.name))
+    assert "is refused" not in again.outcome.stdout
+    assert f"{CALIBRATION}: from the same checkpoint, images and method" in again.outcome.stdout
     for form in FORMS:
         assert again.record(form)["kept"] == {}
         assert again.record(form)["sqnr_db"] == pytest.approx(plain.record(form)["sqnr_db"], abs=0.5)
