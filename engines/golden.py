@@ -54,10 +54,16 @@ class Golden:
             raise ValueError(f"the golden vectors have no output {', '.join(others)}")
         return self.layout.joined(outputs)
 
-    def worst_output(self, outputs: NDArray[np.floating]) -> str:
-        """The name of the output that is the farthest off in its own scale, in rows (n, values) for all images."""
+    def worst_output(self, outputs: NDArray[np.floating], rows: Sequence[int] | None = None) -> str:
+        """The name of the output that is the farthest off in its own scale.
+
+        Args:
+            outputs: (m, values).
+            rows: which image each of them is for; None for every image once, in order.
+        """
+        reference = self.outputs if rows is None else self.outputs[list(rows)]
         widths = [int(np.prod(shape)) for shape in self.shapes.values()]
-        parts = np.split(np.abs(self.outputs - outputs), np.cumsum(widths)[:-1], axis=1)
+        parts = np.split(np.abs(reference - outputs), np.cumsum(widths)[:-1], axis=1)
         errors = [float(np.nan_to_num(part, nan=np.inf).max()) for part in parts]
         return list(self.shapes)[int(np.argmax(errors))]
 

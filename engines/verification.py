@@ -22,18 +22,18 @@ from numpy.typing import NDArray
 
 from engines.audit import audit_of_file, expected_from_onnx
 from engines.errors import InputRejected, ReportedError, SdkMissing, listed
-from engines.golden import GOLDEN_NAME, Golden, golden_from_file
+from engines.golden import GOLDEN_NAME, Golden
 from engines.integrity import cards_text, check_sdk_installed, checked_engine
+from engines.judgement import gate_with_tolerance, judgement, telling_golden
 from engines.kind import ENGINE_SUFFIX, ONNX, graph_of_engine, graphs_beside, kind_of_file
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.onnx_file import onnx_file_from_path
-from engines.parity import GATES, Gate, compare
+from engines.parity import GATES, Gate
 from engines.plan import Header
 from engines.report_file import REPORT_NAME, ReportFile, report_from_file
 from engines.runner import Runner, load
 from engines.sdk import gpu_compute_capability
 
-LEAST_CONTRAST = 1e-9
 LISTED, GOLDEN, INTEGRITY, AUDIT, RUN = "listed", "golden", "integrity", "audit", "run"
 
 
@@ -128,7 +128,7 @@ class Verification:
         finding = functools.partial(Finding, path.name, RUN, engine=True)
         if self.static:
             return finding(passed=None, detail="left out by --static")
-        gate = _gate(manifest.precision, manifest.tolerance)
+        gate = gate_with_tolerance(manifest.precision, manifest.tolerance)
         try:
             check_sdk_installed(path, header, manifest)
             if gpu_compute_capability(self.device) is None:
@@ -146,7 +146,7 @@ class Verification:
         try:
             with load(path, provider=self.provider) as runner:
                 precision = runner.metadata.get("precision", "")
-                gate = _gate_of(precision, report)
+                gate = gate_of_precision(precision, report)
                 if not precision and foreign_allowed:
                     return finding(passed=None, detail="not of an export: its metadata name no precision")
                 if gate is None:
@@ -195,27 +195,18 @@ def _built_again(folder: pathlib.Path, name: str, problems: Collection[str], rep
         manifest = manifest_from_file(sidecar)
     except InputRejected:
         return False
-    gate = _gate_of(manifest.precision, report)
+    gate = gate_of_precision(manifest.precision, report)
     from_listed = any(file.name in graphs and file.sha256 == manifest.sha256["onnx"] for file in report.files)
     return from_listed and gate is not None and manifest.tolerance <= gate.max_relative_error
 
 
 def _golden_finding(path: pathlib.Path) -> Finding:
     try:
-        golden = _telling_golden(path)
+        golden = telling_golden(path)
     except InputRejected as error:
         return Finding(path.name, GOLDEN, passed=False, detail=_without(path, error))
     detail = f"{len(golden.images)} images, answers {golden.contrast:.1e} or more apart"
     return Finding(path.name, GOLDEN, passed=True, detail=detail)
-
-
-def _telling_golden(path: pathlib.Path) -> Golden:
-    golden = golden_from_file(path)
-    if golden.contrast <= LEAST_CONTRAST:
-        raise InputRejected(
-            f"{path}: two answers or all values are the same, so a mix-up could not be seen; export with other images"
-        )
-    return golden
 
 
 def _audit_finding(path: pathlib.Path, manifest: Manifest) -> Finding:
@@ -236,49 +227,26 @@ def _audit_finding(path: pathlib.Path, manifest: Manifest) -> Finding:
     return finding(passed=not audit.problems, detail=listed(list(audit.problems), 3) if audit.problems else audit.line)
 
 
-def _gate_of(precision: str, report: ReportFile | None) -> Gate | None:
+def gate_of_precision(precision: str, report: ReportFile | None) -> Gate | None:
     """The report's gate, if it has one for this precision, else the usual one."""
     if report is not None and precision in report.gates:
-        return _gate(precision, report.gates[precision])
+        return gate_with_tolerance(precision, report.gates[precision])
     return GATES.get(precision)
-
-
-def _gate(precision: str, tolerance: float) -> Gate:
-    """The gate of the precision with another largest relative error."""
-    usual = GATES.get(precision, Gate(tolerance, top1=True))
-    return dataclasses.replace(usual, max_relative_error=tolerance)
 
 
 def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: pathlib.Path, gate: Gate) -> Finding:
     """Runs the golden images and holds the answers against the gate."""
     try:
-        golden = _telling_golden(golden_path)
-        answers = golden.joined(_answers(runner, golden))
-        comparison = compare(golden.outputs, answers)
+        golden = telling_golden(golden_path)
+        judged = judgement(golden, _answers(runner, golden), gate)
     except (InputRejected, ValueError) as error:
         return finding(passed=False, detail=_without(golden_path, error))
-    gate = golden.layout.gate(gate)
-    failure = gate.failure(comparison)
-    mixed_up = [] if failure else golden.mixed_up(answers)
-    if mixed_up:
-        failure = f"answer {mixed_up[0]} is nearer to that of another image: rows are mixed up, or all alike"
-    detail = f"{_worst_of(golden, answers)}{gate.figures(comparison)}"
-    if golden.layout.ranked:
-        detail += f", top-1 agrees on {comparison.rows - len(comparison.flips)} of {comparison.rows}"
-    if not golden.tells_apart(gate):
-        detail += "; a constant answer would pass, too: export with --calib for vectors that tell more"
     return finding(
-        passed=failure is None,
-        detail=f"{failure}; {detail}" if failure else detail,
-        value=comparison.relative_error,
-        gate=gate.max_relative_error,
+        passed=judged.failure is None,
+        detail=judged.line,
+        value=judged.comparison.relative_error,
+        gate=judged.gate.max_relative_error,
     )
-
-
-def _worst_of(golden: Golden, answers: NDArray[np.floating]) -> str:
-    """Which of several outputs the relative error is that of; nothing where there is one."""
-    count = len(golden.shapes)
-    return f"{count} outputs, the worst is {golden.worst_output(answers)}: " if count > 1 else ""
 
 
 def _answers(runner: Runner, golden: Golden) -> dict[str, NDArray[np.floating]]:
