@@ -10,7 +10,7 @@ from engines.console import Parser, exit_code_of
 from engines.interrupts import Interrupts
 from engines.version import VERSION
 
-COMMANDS = ("verify", "run", "info", "build")
+COMMANDS = ("verify", "run", "bench", "info", "build")
 """Modules of ``engines.commands``, each with NAME, HELP, ``add_arguments`` and ``run``."""
 
 DESCRIPTION = """\
@@ -18,6 +18,7 @@ Checks, runs, shows and builds what python -m exporter writes. Needs neither tor
 
   python -m engines verify model/                        is it what was exported, and does it compute the network?
   python -m engines run model/model.fp16.engine cat.jpg  what is in this image?
+  python -m engines bench model/*.engine                 how fast, and how near to what the card could do?
 """
 
 EPILOG = """\

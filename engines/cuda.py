@@ -94,6 +94,20 @@ def selected_device(runtime: Any, device: int) -> Iterator[None]:
             runtime.cudaSetDevice(before)  # an error here would hide the block's own
 
 
+def close_on_device(runtime: Any, device: int, resources: contextlib.ExitStack) -> None:
+    """Closes ``resources`` with ``device`` as this thread's current one; whatever fails, all the rest is closed too.
+
+    Raises:
+        DeviceFailed: something failed.
+    """
+    status, before = runtime.cudaGetDevice()
+    with contextlib.ExitStack() as steps:  # last in, first out, whichever of them fails
+        if status == runtime.cudaError_t.cudaSuccess and before != device:
+            steps.callback(runtime.cudaSetDevice, before)
+        steps.push(resources)
+        steps.callback(checked, runtime, runtime.cudaSetDevice, device)
+
+
 class DeviceBuffer:
     """Memory of the current device: ``size`` bytes at ``address``."""
 
@@ -139,6 +153,34 @@ class Event:
     def hold_back(self, stream: int) -> None:
         """Lets what ``stream`` is given from now on begin after the marked work; the host goes on."""
         checked(self._runtime, self._runtime.cudaStreamWaitEvent, stream, self._event, 0)
+
+    def close(self) -> None:
+        """Frees it."""
+        checked(self._runtime, self._runtime.cudaEventDestroy, self._event)
+
+
+class TimingEvent:
+    """A point in a stream's work whose time is kept when the device comes to it."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+        self._event = checked(runtime, runtime.cudaEventCreateWithFlags, runtime.cudaEventDefault)
+
+    def record(self, stream: int) -> None:
+        """Marks what ``stream`` has been given so far, and no longer what was marked before."""
+        checked(self._runtime, self._runtime.cudaEventRecord, self._event, stream)
+
+    def synchronize(self) -> None:
+        """Waits until the marked work is done."""
+        checked(self._runtime, self._runtime.cudaEventSynchronize, self._event)
+
+    def elapsed_seconds(self, since: TimingEvent) -> float:
+        """The device's time from ``since`` to this point, to about half a microsecond; both have been reached.
+
+        Raises:
+            DeviceFailed: one of them was not recorded, or has not been reached yet.
+        """
+        return float(checked(self._runtime, self._runtime.cudaEventElapsedTime, since._event, self._event)) / 1e3
 
     def close(self) -> None:
         """Frees it."""

@@ -2,8 +2,8 @@
 
 A file is a ModelProto (``engines.protobuf`` has the format): nodes by name and the tensors that they read and make,
 inputs and outputs with their shapes, weights, metadata. The file is mapped and a weight is a view of it, so that half a
-gigabyte is read in milliseconds. Weights may stand in a file beside the model, and nowhere else. What is not read:
-attributes of nodes, graphs inside nodes, functions.
+gigabyte is read in milliseconds. Weights may stand in a file beside the model, and nowhere else. Attributes of nodes
+that are numbers or text are read. What is not read: other attributes, among them graphs inside nodes, and functions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import math
 import mmap
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,15 @@ class _Graph(enum.IntEnum):
 
 
 class _Node(enum.IntEnum):
-    INPUT, OUTPUT, NAME, OP_TYPE, DOMAIN = 1, 2, 3, 4, 7
+    INPUT, OUTPUT, NAME, OP_TYPE, ATTRIBUTE, DOMAIN = 1, 2, 3, 4, 5, 7
+
+
+class _Attribute(enum.IntEnum):
+    NAME, FLOAT, INTEGER, TEXT, TENSOR, FLOATS, INTEGERS, TEXTS, TYPE = 1, 2, 3, 4, 5, 7, 8, 9, 20
+
+
+class _AttributeType(enum.IntEnum):
+    FLOAT, INTEGER, TEXT, TENSOR, FLOATS, INTEGERS, TEXTS = 1, 2, 3, 4, 6, 7, 8
 
 
 class _Value(enum.IntEnum):
@@ -62,15 +70,24 @@ External = Callable[[str], memoryview]
 """Gives the bytes of the file of that name beside the model."""
 
 
+Attribute = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """An operation: ``domain`` is empty for ONNX's own; ``inputs`` and ``outputs`` name tensors, "" an absent one."""
+    """An operation: ``domain`` is empty for ONNX's own; ``inputs`` and ``outputs`` name tensors, "" an absent one.
+
+    ``attributes`` has those that are numbers, text or lists of either. ``constant`` is the tensor that a Constant is,
+    where it is given as one: a view of the file.
+    """
 
     name: str
     op_type: str
     domain: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    attributes: Mapping[str, Attribute] = dataclasses.field(default_factory=dict, hash=False)
+    constant: NDArray[Any] | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +144,7 @@ def _onnx_file_from_bytes(data: memoryview, path: pathlib.Path) -> OnnxFile:
         metadata=_entries("metadata", model.messages(_Model.METADATA_PROPS)),
         inputs=tuple(value for value in inputs if value.name not in weights),  # before IR version 4 weights stand there
         outputs=tuple(_description(value) for value in graph.messages(_Graph.OUTPUT)),
-        nodes=tuple(_node(message) for message in graph.messages(_Graph.NODE)),
+        nodes=tuple(_node(message, beside) for message in graph.messages(_Graph.NODE)),
         weights=weights,
     )
 
@@ -145,14 +162,47 @@ def _entries(what: str, messages: list[Message]) -> dict[str, str]:
     return _unique(what, [(entry.text(1), entry.text(2)) for entry in messages])
 
 
-def _node(message: Message) -> Node:
+def _node(message: Message, beside: External) -> Node:
+    op_type = message.text(_Node.OP_TYPE)
+    stored = message.messages(_Node.ATTRIBUTE)
+    attributes = [(entry.text(_Attribute.NAME), _attribute(entry)) for entry in stored]
     return Node(
         name=message.text(_Node.NAME),
-        op_type=message.text(_Node.OP_TYPE),
+        op_type=op_type,
         domain=message.text(_Node.DOMAIN),
         inputs=tuple(message.texts(_Node.INPUT)),
         outputs=tuple(message.texts(_Node.OUTPUT)),
+        attributes={name: value for name, value in _unique("attributes", attributes).items() if value is not None},
+        constant=_constant(stored, beside) if op_type == "Constant" else None,
     )
+
+
+def _attribute(entry: Message) -> Attribute | None:
+    """An AttributeProto's value; None for a tensor, a graph and the like, and for bytes that are no text."""
+    kind = entry.integer(_Attribute.TYPE)
+    if kind == _AttributeType.INTEGER:
+        return entry.integer(_Attribute.INTEGER)
+    if kind == _AttributeType.INTEGERS:
+        return tuple(entry.integers(_Attribute.INTEGERS))
+    if kind in (_AttributeType.FLOAT, _AttributeType.FLOATS):
+        field = _Attribute.FLOAT if kind == _AttributeType.FLOAT else _Attribute.FLOATS
+        numbers = tuple(np.frombuffer(entry.fixed(field, FIXED32), np.float32).tolist())
+        return numbers if kind == _AttributeType.FLOATS else (numbers or (0.0,))[-1]
+    try:
+        if kind == _AttributeType.TEXT:
+            return entry.text(_Attribute.TEXT)
+        return tuple(entry.texts(_Attribute.TEXTS)) if kind == _AttributeType.TEXTS else None
+    except UnicodeDecodeError:
+        return None
+
+
+def _constant(stored: Sequence[Message], beside: External) -> NDArray[Any] | None:
+    """The tensor that a Constant is; None where it is given in another way, or is of a type that numpy lacks."""
+    for entry in stored:
+        if entry.integer(_Attribute.TYPE) == _AttributeType.TENSOR:
+            tensor = entry.message(_Attribute.TENSOR)
+            return _weight(tensor, beside)[1] if _dtype(tensor.integer(_Tensor.DATA_TYPE)) in NUMPY_DTYPES else None
+    return None
 
 
 def _dtype(number: int) -> str:

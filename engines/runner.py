@@ -11,6 +11,7 @@ dimension of every input and output is the batch, and rows do not influence each
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pathlib
@@ -53,18 +54,42 @@ def load(
         SdkMissing: the SDK, in the engine's version, or a GPU that the engine was built for is not here.
         DeviceFailed: a call to the GPU failed.
     """
-    file = pathlib.Path(path)
+    opened = opened_file(
+        pathlib.Path(path), device=device, graph=graph, provider=provider, allow_unverified=allow_unverified
+    )
+    return Runner(opened.backend, title=opened.title, manifest=opened.manifest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A file's backend, which whoever opened it closes; ``manifest`` is an engine's sidecar, if it was verified."""
+
+    backend: Backend
+    title: str
+    manifest: Manifest | None
+
+
+def opened_file(
+    path: pathlib.Path,
+    *,
+    device: int = 0,
+    graph: bool = True,
+    provider: str | None = None,
+    threads: int | None = None,
+    allow_unverified: bool = False,
+) -> Opened:
+    """What ``load`` makes a runner of; ``threads`` is for ONNX Runtime on the CPU, None for its own choice."""
     if device < 0:
         raise UsageError(f"device {device}: GPUs are counted from 0")
-    kind = kind_of_file(file)
+    kind = kind_of_file(path)
     header, manifest = None, None
     if kind != ONNX:
         if provider is not None:
-            raise UsageError(f"{file}: an engine takes no provider; that is for ONNX files")
-        header, manifest = checked_engine(file, allow_unverified=allow_unverified)
+            raise UsageError(f"{path}: an engine takes no provider; that is for ONNX files")
+        header, manifest = checked_engine(path, allow_unverified=allow_unverified)
     entry = backend_for(kind)
-    backend = entry.open(Source(file, header, manifest, device, graph, provider))
-    return Runner(backend, title=entry.title, manifest=manifest)
+    source = Source(path, header, manifest, device, graph=graph, provider=provider, threads=threads)
+    return Opened(entry.open(source), entry.title, manifest)
 
 
 class Runner:

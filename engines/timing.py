@@ -35,7 +35,7 @@ class Queries(Protocol):
         """Computes the batch ``count`` times and times each."""
 
     def results(self) -> Arrays:
-        """What the last query computed, by the outputs' names."""
+        """What a query of these computes, by the outputs' names."""
 
     def close(self) -> None:
         """Frees what the queries hold; may be called twice."""

@@ -238,7 +238,7 @@ def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: 
     """Runs the golden images and holds the answers against the gate."""
     try:
         golden = telling_golden(golden_path)
-        judged = judgement(golden, _answers(runner, golden), gate)
+        judged = judgement(golden, answers_to_golden(runner, golden), gate)
     except (InputRejected, ValueError) as error:
         return finding(passed=False, detail=_without(golden_path, error))
     return finding(
@@ -249,7 +249,7 @@ def _compared(finding: functools.partial[Finding], runner: Runner, golden_path: 
     )
 
 
-def _answers(runner: Runner, golden: Golden) -> dict[str, NDArray[np.floating]]:
+def answers_to_golden(runner: Runner, golden: Golden) -> dict[str, NDArray[np.floating]]:
     """All outputs for the golden images, one alone and then the others together."""
     if len(runner.inputs) != 1:
         raise InputRejected(f"{len(runner.inputs)} inputs; expected one")

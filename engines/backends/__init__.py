@@ -15,7 +15,7 @@ from engines.plan import Header
 class Source:
     """A file to open, what is known of it, and how: ``header`` and ``manifest`` are an engine's, checked.
 
-    ``graph`` asks for CUDA graphs, ``provider`` names one of ONNX Runtime.
+    ``graph`` asks for CUDA graphs, ``provider`` names one of ONNX Runtime, ``threads`` are those of its CPU provider.
     """
 
     path: pathlib.Path
@@ -24,6 +24,7 @@ class Source:
     device: int
     graph: bool
     provider: str | None
+    threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class BackendEntry:
 def _open_onnx_runtime(source: Source) -> Backend:
     from engines.backends.onnx_runtime import OnnxRuntime
 
-    return OnnxRuntime(source.path, provider=source.provider, device=source.device)
+    return OnnxRuntime(source.path, provider=source.provider, device=source.device, threads=source.threads)
 
 
 def _open_tensorrt(source: Source) -> Backend:

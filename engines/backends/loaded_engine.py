@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,18 @@ class LoadedEngine:
             kernels = bytes(self.calls.answer(self._cache.serialize))
             if kernels and _digest(kernels) != known:
                 cache_file.write(kernels)
+
+
+def engine_bytes(path: pathlib.Path) -> bytes:
+    """The file's content.
+
+    Raises:
+        InputRejected: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputRejected(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def _digest(content: bytes) -> bytes:

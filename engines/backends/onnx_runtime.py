@@ -34,13 +34,16 @@ DTYPES = {
 class OnnxRuntime:
     """A session; see ``engines.backends.backend.Backend``. ``metadata`` are the file's ``metadata_props``."""
 
-    def __init__(self, path: pathlib.Path, *, provider: str | None = None, device: int = 0) -> None:
+    def __init__(
+        self, path: pathlib.Path, *, provider: str | None = None, device: int = 0, threads: int | None = None
+    ) -> None:
         """Opens the file.
 
         Args:
             path: an ONNX file, with its external weights, if any, beside it.
             provider: of PROVIDERS; None is the CPU.
             device: the GPU, for a provider that has any.
+            threads: that compute an operation on the CPU; None is ONNX Runtime's own choice.
 
         Raises:
             UsageError: there is no provider of that name.
@@ -48,7 +51,7 @@ class OnnxRuntime:
             InputRejected: ONNX Runtime refuses the file.
         """
         name = _provider_name(provider)
-        session = _session(path, name, device)
+        session = _session(path, name, device, threads)
         self._path, self._session = path, session
         self.inputs = tuple(_description(value, path) for value in session.get_inputs())
         self.outputs = tuple(_description(value, path) for value in session.get_outputs())
@@ -100,12 +103,14 @@ def _provider_name(provider: str | None) -> str:
     return name
 
 
-def _session(path: pathlib.Path, name: str, device: int) -> Any:
+def _session(path: pathlib.Path, name: str, device: int, threads: int | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ALONE
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's ending says
+    if threads is not None:
+        options.intra_op_num_threads = threads
     on_cpu = name == PROVIDERS["cpu"]
     if not on_cpu:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

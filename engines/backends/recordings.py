@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from engines.backends.loaded_engine import LoadedEngine, Shapes
+from engines.backends.sdk_calls import SdkCalls
 from engines.backends.staging import Staging
-from engines.cuda import Graph
+from engines.cuda import Graph, Stream
 from engines.errors import DeviceFailed
+
+_Recorded = TypeVar("_Recorded")
 
 MOST_GRAPHS = 16
 """Shapes that are recorded; those that come later go on without."""
@@ -63,24 +68,41 @@ class Recordings:
         self._made[key] = None
         if full:
             return
-        try:
-            recording = self._recorded(shapes)
-        except DeviceFailed:
-            self._cuda.cudaStreamSynchronize(self._staging.stream.handle)  # nothing half-done goes on
-            self._cuda.cudaGetLastError()  # else the next library to ask takes it for its own
+        recording = attempted(self._cuda, self._staging.stream, lambda: self._recorded(shapes))
+        if recording is None:
             return
         self._made[key] = recording
         self._resources.callback(self._made.pop, key)
         self._resources.callback(recording.graph.close)
 
     def _recorded(self, shapes: Shapes) -> _Recording:
-        staging, calls = self._staging, self._loaded.calls
+        staging = self._staging
         context = self._loaded.new_context()
         staging.bind(context)
         outputs = self._loaded.set_shapes(context, shapes)
         staging.enqueue(context, shapes, outputs)
         staging.stream.synchronize()
-        if hasattr(context, "is_stream_capturable"):
-            calls.answer(context.is_stream_capturable, staging.stream.handle)
-        graph = Graph(self._cuda, staging.stream, lambda: staging.enqueue(context, shapes, outputs))
+        work = functools.partial(staging.enqueue, context, shapes, outputs)
+        graph = recorded_graph(self._loaded.calls, self._cuda, context, staging.stream, work)
         return _Recording(graph, context, outputs)
+
+
+def recorded_graph(calls: SdkCalls, cuda: Any, context: Any, stream: Stream, work: Callable[[], None]) -> Graph:
+    """Records what ``work`` enqueues on ``stream``, the engine in ``context`` among it, which has run before.
+
+    Raises:
+        DeviceFailed: it cannot be recorded.
+    """
+    if hasattr(context, "is_stream_capturable"):
+        calls.answer(context.is_stream_capturable, stream.handle)
+    return Graph(cuda, stream, work)
+
+
+def attempted(cuda: Any, stream: Stream, recording: Callable[[], _Recorded]) -> _Recorded | None:
+    """What ``recording`` gives; None if it failed, and then ``stream`` is done with whatever it was given."""
+    try:
+        return recording()
+    except DeviceFailed:
+        cuda.cudaStreamSynchronize(stream.handle)  # nothing half-done goes on
+        cuda.cudaGetLastError()  # else the next library to ask takes it for its own
+        return None

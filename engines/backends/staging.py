@@ -16,6 +16,9 @@ from engines.backends.loaded_engine import EngineTensor, Shapes
 from engines.backends.sdk_calls import SdkCalls
 from engines.cuda import DeviceBuffer, PinnedBuffer, Stream
 
+NAN_BYTE = 0xFF
+"""A float32 or float16 of these bytes is NaN."""
+
 
 @dataclasses.dataclass(frozen=True)
 class StagedTensor:
@@ -101,11 +104,46 @@ class Staging:
         Raises:
             DeviceFailed: a call of CUDA or of the SDK failed; those before it are under way.
         """
+        self.copy_inputs(shapes)
+        self.compute(context)
+        self.copy_outputs(outputs)
+
+    def copy_inputs(self, shapes: Shapes) -> None:
+        """Enqueues the copies to the device of inputs of these ``shapes``.
+
+        Raises:
+            DeviceFailed: a call of CUDA failed; those before it are under way.
+        """
         for tensor in self.inputs:
             self.stream.copy_to_device(tensor.device, tensor.pinned, tensor.size(shapes[tensor.name]))
+
+    def compute(self, context: Any) -> None:
+        """Enqueues the engine alone; ``context`` is bound, with the shapes of the inputs set.
+
+        Raises:
+            DeviceFailed: the SDK refused.
+        """
         self._calls.answer(context.execute_async_v3, self.stream.handle)
+
+    def copy_outputs(self, outputs: Shapes) -> None:
+        """Enqueues the copies to the host of ``outputs`` of these shapes.
+
+        Raises:
+            DeviceFailed: a call of CUDA failed; those before it are under way.
+        """
         for tensor in self.outputs:
             self.stream.copy_to_host(tensor.pinned, tensor.device, tensor.size(outputs[tensor.name]))
+
+    def spoil_outputs(self, outputs: Shapes) -> None:
+        """Enqueues the filling of ``outputs`` on the device with NaN; only what is computed afterwards is found there.
+
+        Raises:
+            DeviceFailed: a call of CUDA failed; those before it are under way.
+        """
+        for tensor in self.outputs:
+            size = tensor.size(outputs[tensor.name])
+            tensor.pinned.array(np.uint8, (size,)).fill(NAN_BYTE)
+            self.stream.copy_to_device(tensor.device, tensor.pinned, size)
 
     def results(self, outputs: Shapes) -> Arrays:
         """Copies of what lies in pinned memory, once the stream has been synchronised."""

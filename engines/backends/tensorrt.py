@@ -5,6 +5,7 @@ for RTX has is asked for by name: its cache of kernels, and whether a context ca
 
     run       numpy in, numpy out: pinned staging, copies and kernels on one stream of its own, one synchronisation
     enqueue   device arrays in and out on the caller's stream: no copy, no synchronisation
+    queries   one batch again and again, timed by the GPU (``engines.backends.device_queries``)
 
 Everything is allocated once, for the largest shapes, and freed in reverse order by ``close``, also after a failure.
 With ``graph``, ``run`` launches a shape that it has seen before as a CUDA graph (``engines.backends.recordings``). All
@@ -20,26 +21,29 @@ import contextlib
 import hashlib
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from numpy.typing import NDArray
 
-from engines.backends.backend import Arrays, Profile, TensorDescription, check_extents
-from engines.backends.loaded_engine import LoadedEngine, Shapes
+from engines.backends.backend import Arrays, Profile, TensorDescription
+from engines.backends.callers_arrays import checked_shapes, device_arrays
+from engines.backends.device_queries import DeviceQueries, Turns
+from engines.backends.loaded_engine import LoadedEngine, engine_bytes
 from engines.backends.recordings import Recordings
 from engines.backends.sdk_calls import SdkCalls, imported_sdk
-from engines.backends.staging import StagedTensor, Staging
+from engines.backends.staging import Staging
 from engines.cuda import (
     Event,
-    checked,
+    Stream,
+    close_on_device,
     compute_capability,
     cuda_runtime,
     is_capturing,
     selected_device,
 )
-from engines.device_arrays import DeviceArray, device_array, fitting_shape, require, stream_handle
-from engines.errors import DeviceFailed, InputRejected, UsageError, listed
+from engines.device_arrays import DeviceArray, require, stream_handle
+from engines.errors import DeviceFailed, InputRejected, UsageError
 from engines.integrity import check_card, check_sdk_installed, check_sdk_version
 from engines.manifest import Manifest
 from engines.plan import Header
@@ -91,7 +95,7 @@ class TensorRT:
         cuda = cuda_runtime(sdk.install)
         card = compute_capability(cuda, device)
         check_card(path, header, manifest, card)
-        engine = _read(path)
+        engine = engine_bytes(path)
         cache_file = None
         if manifest is not None:
             digest = hashlib.sha256(engine).hexdigest()
@@ -181,9 +185,9 @@ class TensorRT:
                     "stream: it is recording a CUDA graph, which would be bound to a state of this engine that the "
                     "next call changes; enqueue outside of the recording"
                 )
-            arrays = self._device_arrays(self._staging.inputs, inputs, handle)
-            shapes = self._checked_shapes(arrays)
-            arrays |= self._device_arrays(self._staging.outputs, outputs, handle)
+            arrays = device_arrays(self._staging.inputs, inputs, device=self._device, stream=handle)
+            shapes = checked_shapes(self._staging.inputs, arrays, self.batch, self.profile)
+            arrays |= device_arrays(self._staging.outputs, outputs, device=self._device, stream=handle)
             expected = self._loaded.set_shapes(self._context, shapes)
             for tensor in self._staging.outputs:
                 require(tensor.name, arrays[tensor.name], tensor.dtype, expected[tensor.name], written=True)
@@ -193,6 +197,30 @@ class TensorRT:
             self._in_flight = True
             self._calls.answer(self._context.execute_async_v3, handle)
             self._done.record(handle)
+
+    def queries(
+        self, feeds: Mapping[str, NDArray[Any]], *, graph: bool, transfers: bool, clock: Callable[[], float]
+    ) -> DeviceQueries:
+        """One batch to be computed again and again, and timed; closing the engine closes it too.
+
+        Args:
+            feeds: as ``run`` takes them.
+            graph: whether to launch the engine as a CUDA graph.
+            transfers: whether the copies to the GPU and back belong to a query.
+            clock: the host's, in seconds.
+
+        Raises:
+            DeviceFailed: a call of CUDA or TensorRT failed.
+            UsageError: the engine was closed.
+        """
+        turns = Turns(self._entered, self._settle, self._free_in_turn)
+        with self._entered(self._staging.stream.handle):
+            self._settle(self._staging.stream)
+            resources = contextlib.ExitStack()
+            self._resources.push(resources)
+            return DeviceQueries(
+                turns, self._loaded, self._cuda, resources, feeds, graph=graph, transfers=transfers, clock=clock
+            )
 
     def close(self) -> None:
         """Frees everything, newest first; whatever fails, the rest is freed too. The second time it does nothing.
@@ -204,16 +232,20 @@ class TensorRT:
             if self._closed:
                 return
             self._closed = True
-            status, before = self._cuda.cudaGetDevice()
-            try:
-                with contextlib.ExitStack() as steps:  # last in, first out, whichever of them fails
-                    if status == self._cuda.cudaError_t.cudaSuccess and before != self._device:
-                        steps.callback(self._cuda.cudaSetDevice, before)
-                    steps.push(self._resources)
-                    steps.callback(checked, self._cuda, self._cuda.cudaSetDevice, self._device)
-            except DeviceFailed:
-                if not self._failed:
-                    raise
+            self._free(self._resources)
+
+    def _free(self, resources: contextlib.ExitStack) -> None:
+        """Closes ``resources``; of this engine's failures only the first is told."""
+        try:
+            close_on_device(self._cuda, self._device, resources)
+        except DeviceFailed:
+            if not self._failed:
+                self._failed = True
+                raise
+
+    def _free_in_turn(self, resources: contextlib.ExitStack) -> None:
+        with self._lock:
+            self._free(resources)
 
     @contextlib.contextmanager
     def _entered(self, stream: int) -> Iterator[None]:
@@ -242,40 +274,19 @@ class TensorRT:
         largest = {name: most for name, (_, most) in self.profile.items()}
         largest |= loaded.set_shapes(self._context, largest)
         self._staging = Staging(self._calls, self._cuda, self._resources, loaded.tensors, largest)
-        self._resources.callback(self._drain)
+        self._resources.callback(self._settle, self._staging.stream)
         if graph:
             self._recordings = Recordings(self._cuda, self._resources, loaded, self._staging)
 
     def _close_loaded(self) -> None:
         self._loaded.close(failed=self._failed)
 
-    def _drain(self) -> None:
-        """Nothing that was enqueued, on any stream, needs what is freed next."""
+    def _settle(self, stream: Stream) -> None:
+        """Waits on ``stream`` until nothing that was enqueued on any other uses the activations' memory."""
         if self._in_flight:
-            self._done.hold_back(self._staging.stream.handle)
-        self._staging.stream.synchronize()
-
-    def _device_arrays(
-        self, tensors: tuple[StagedTensor, ...], given: Mapping[str, Any], stream: int
-    ) -> dict[str, DeviceArray]:
-        names = [tensor.name for tensor in tensors]
-        if sorted(given) != sorted(names):
-            raise UsageError(f"device arrays were given for {listed(sorted(given))}, the engine has {listed(names)}")
-        return {name: device_array(name, given[name], device=self._device, stream=stream) for name in names}
-
-    def _checked_shapes(self, arrays: Mapping[str, DeviceArray]) -> Shapes:
-        """The inputs' shapes, which agree with the engine's and with one batch of its profile."""
-        least, most = self.batch
-        name, first = next(iter(arrays.items()))
-        batch = first.shape[0] if first.shape else 0
-        if not least <= batch <= (most or batch):
-            raise UsageError(f"{name}: a batch of {batch} is outside of the engine's profile, {least} to {most}")
-        for tensor in self._staging.inputs:
-            array, (_, largest) = arrays[tensor.name], self.profile[tensor.name]
-            expected = fitting_shape(tensor.description.shape, largest, array.shape, batch)
-            require(tensor.name, array, tensor.dtype, expected, written=False)
-            check_extents(tensor.name, array.shape, self.profile)
-        return {name: array.shape for name, array in arrays.items()}
+            self._done.hold_back(stream.handle)
+        stream.synchronize()
+        self._in_flight = False
 
     def _hold_back_for(self, arrays: Mapping[str, DeviceArray], stream: int) -> None:
         """Lets ``stream`` wait for those who compute the arrays, and for whoever uses the activations' memory."""
@@ -285,10 +296,3 @@ class TensorRT:
             self._produced.hold_back(stream)
         if self._in_flight:
             self._done.hold_back(stream)
-
-
-def _read(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputRejected(f"{path}: cannot be read ({error.strerror or error}); check the path") from error

@@ -6,6 +6,10 @@ stream is done when somebody synchronises that stream, and not before; waiting f
 that far. Whoever forgets to wait therefore reads NaN. What the real runtime would not forgive is noted in
 ``violations``: a copy out of bounds, a use after or a free during use, a double free, the wrong device, two streams at
 one memory.
+
+Time is pretended too, and stands still unless a test sets ``costs``. The host has a clock, ``clock``, which calls move
+by what they cost; each stream has one of its own. Work begins when the stream has come to it, and not before the host
+has enqueued it; an event keeps the stream's time; who waits for a stream or an event goes on at that time.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from cuda.bindings import runtime as real
 ERROR = real.cudaError_t
 NAN_BYTE = 0xFF
 CAPABILITIES = {0: (8, 6), 1: (8, 9)}
+BUS_IDS = {0: "0000:41:00.0", 1: "0000:01:00.0"}
 
 
 class Journal:
@@ -63,15 +68,38 @@ class Block:
         return self.address <= address and address + size <= self.address + self.memory.size
 
 
+@dataclasses.dataclass
+class Costs:
+    """What takes how long, in seconds.
+
+    ``to_device`` and ``to_host`` are for a byte that is copied. ``launches`` is what an engine takes longer on the
+    device when it is not launched as a graph, ``graph_launch`` what a graph takes there before its work begins, and
+    ``calls`` what the host spends in a call of the given name, also in one of the SDK. What an engine takes itself
+    stands in its file (``tests.engines.fake_tensorrt``).
+    """
+
+    to_device: float = 0.0
+    to_host: float = 0.0
+    launches: float = 0.0
+    graph_launch: float = 0.0
+    calls: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
 @dataclasses.dataclass(eq=False)
 class Work:
-    """Something on a stream: what it does, the memory it touches as (address, size), and what it needs alone."""
+    """Something on a stream: what it does, the memory it touches as (address, size), and what it needs alone.
+
+    It takes ``seconds`` on the device, was ``enqueued`` at this time of the host, and ``ended`` at that of the stream.
+    """
 
     name: str
     action: Callable[[], None]
     touches: tuple[tuple[int, int], ...] = ()
     alone: int | None = None
     done: bool = False
+    seconds: float = 0.0
+    enqueued: float = 0.0
+    ended: float = 0.0
 
     def again(self) -> Work:
         return dataclasses.replace(self, done=False)
@@ -83,6 +111,15 @@ class StreamState:
         self.queue: list[Work] = []
         self.capture: list[Work] | None = None
         self.broken = False
+        self.time = 0.0
+
+
+@dataclasses.dataclass
+class EventState:
+    """Whether it measures time, and what was recorded last: a stream and a mark on it."""
+
+    timing: bool
+    recorded: tuple[int, Work] | None = None
 
 
 class FakeCuda:
@@ -92,11 +129,13 @@ class FakeCuda:
         self.journal = journal or Journal()
         self.blocks: dict[int, Block] = {}
         self.streams: dict[int, StreamState] = {0: StreamState(0)}
-        self.events: dict[int, Any] = {}
+        self.events: dict[int, EventState] = {}
         self.graphs: dict[int, list[Work]] = {}
         self.executables: dict[int, list[Work]] = {}
         self.sharers: dict[int, list[Work]] = {}
         self.current = 0
+        self.costs = Costs()
+        self.time = 0.0
         self.error = ERROR.cudaSuccess
         self._next = 0x1000
 
@@ -109,6 +148,7 @@ class FakeCuda:
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             signature.bind(*arguments)
+            self.spend(name)
             if self.journal.enter(name, arguments):
                 if name.startswith("cudaFree") or name.endswith("Destroy"):
                     implementation(*arguments)  # it was asked for: that is all that a caller can do
@@ -124,6 +164,16 @@ class FakeCuda:
 
         call.__name__ = name
         return call
+
+    # --- time
+
+    def clock(self) -> float:
+        """The host's, in seconds."""
+        return self.time
+
+    def spend(self, name: str) -> None:
+        """What the host takes to make a call of this name."""
+        self.time += self.costs.calls.get(name, 0.0)
 
     # --- what a test asks
 
@@ -170,6 +220,7 @@ class FakeCuda:
         if state.capture is not None:
             state.capture.append(work)
             return ERROR.cudaSuccess
+        work.enqueued = self.time
         state.queue.append(work)
         if work.alone is not None:
             self.sharers.setdefault(work.alone, []).append(work)
@@ -179,8 +230,8 @@ class FakeCuda:
         state = self.streams[stream]
         while state.queue and not (last is not None and last.done):
             work = state.queue.pop(0)
-            sharers = self.sharers.get(work.alone, [work])
-            if not all(earlier.done for earlier in sharers[: sharers.index(work)]):
+            waiting = self.sharers.get(work.alone, [work])  # in the order in which they were enqueued
+            if waiting[0] is not work:
                 self.journal.violated(f"{work.name}: two streams use the memory at {work.alone:#x} at once")
             for address, size in work.touches:
                 if self.block_of(address, size) is None:
@@ -188,6 +239,8 @@ class FakeCuda:
                     break
             else:
                 work.action()
+            waiting.remove(work)
+            state.time = work.ended = max(state.time, work.enqueued) + work.seconds
             work.done = True
 
     def _pending(self) -> list[Work]:
@@ -225,6 +278,14 @@ class FakeCuda:
         attributes = real.cudaDeviceAttr
         wanted = (attributes.cudaDevAttrComputeCapabilityMajor, attributes.cudaDevAttrComputeCapabilityMinor)
         return ERROR.cudaSuccess, CAPABILITIES[device][wanted.index(attribute)]
+
+    def _cudaDeviceGetPCIBusId(self, length: int, device: int) -> Any:
+        if device not in BUS_IDS:
+            return ERROR.cudaErrorInvalidDevice, None
+        terminated = BUS_IDS[device].encode() + b"\0"
+        if length < len(terminated):
+            return ERROR.cudaErrorInvalidValue, None
+        return ERROR.cudaSuccess, terminated.ljust(length, b" ")  # as the binding hands its buffer out
 
     def _allocate(self, size: int, kind: str) -> Any:
         if self._forbidden_while_capturing(kind):
@@ -267,7 +328,8 @@ class FakeCuda:
             self.journal.violated(f"cudaMemcpyAsync of {size} bytes: not {kinds[1]} to {kinds[0]} memory")
             return (ERROR.cudaErrorInvalidValue,)
         touches = ((target, size), (source, size))
-        copy = Work("cudaMemcpyAsync", lambda: ctypes.memmove(target, source, size) and None, touches)
+        seconds = size * (self.costs.to_device if to_device else self.costs.to_host)
+        copy = Work("cudaMemcpyAsync", lambda: ctypes.memmove(target, source, size) and None, touches, seconds=seconds)
         return (self.enqueue(int(stream), copy),)
 
     def _cudaStreamCreateWithFlags(self, flags: int) -> Any:
@@ -290,12 +352,13 @@ class FakeCuda:
             state.broken = True
             return (ERROR.cudaErrorStreamCaptureUnsupported,)
         self.run_until(int(stream))
+        self.time = max(self.time, state.time)
         return (ERROR.cudaSuccess,)
 
     def _cudaEventCreateWithFlags(self, flags: int) -> Any:
-        assert flags == real.cudaEventDisableTiming
+        assert flags in (real.cudaEventDefault, real.cudaEventDisableTiming)
         handle = self._handle()
-        self.events[handle] = None
+        self.events[handle] = EventState(timing=flags == real.cudaEventDefault)
         return ERROR.cudaSuccess, real.cudaEvent_t(handle)
 
     def _cudaEventDestroy(self, event: Any) -> Any:
@@ -309,15 +372,40 @@ class FakeCuda:
         mark = Work("cudaEventRecord", lambda: None)
         status = self.enqueue(int(stream), mark)
         if status == ERROR.cudaSuccess:
-            self.events[int(event)] = (int(stream), mark)
+            self.events[int(event)].recorded = (int(stream), mark)
         return (status,)
 
+    def _reach(self, recorded: tuple[int, Work] | None) -> float:
+        """Brings a stream as far as a mark on it; returns the mark's time."""
+        if recorded is None:
+            return 0.0
+        stream, mark = recorded
+        if not mark.done and stream in self.streams:
+            self.run_until(stream, mark)
+        return mark.ended
+
+    def _cudaEventSynchronize(self, event: Any) -> Any:
+        if int(event) not in self.events:
+            return (ERROR.cudaErrorInvalidResourceHandle,)
+        if self._forbidden_while_capturing("cudaEventSynchronize"):
+            return (ERROR.cudaErrorStreamCaptureUnsupported,)
+        self.time = max(self.time, self._reach(self.events[int(event)].recorded))
+        return (ERROR.cudaSuccess,)
+
+    def _cudaEventElapsedTime(self, start: Any, end: Any) -> Any:
+        states = [self.events.get(int(event)) for event in (start, end)]
+        if any(state is None or not state.timing or state.recorded is None for state in states):
+            return ERROR.cudaErrorInvalidResourceHandle, None
+        first, last = (state.recorded[1] for state in states)
+        if not (first.done and last.done):
+            return ERROR.cudaErrorNotReady, None
+        return ERROR.cudaSuccess, float(np.float32((last.ended - first.ended) * 1e3))
+
     def _cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> Any:
-        recorded = self.events[int(event)]
+        state, recorded = self.streams.get(int(stream)), self.events[int(event)].recorded
 
         def wait() -> None:
-            if recorded is not None and not recorded[1].done and recorded[0] in self.streams:
-                self.run_until(*recorded)
+            state.time = max(state.time, self._reach(recorded))
 
         return (self.enqueue(int(stream), Work("cudaStreamWaitEvent", wait)),)
 
@@ -353,6 +441,7 @@ class FakeCuda:
         return ERROR.cudaSuccess, real.cudaGraphExec_t(handle)
 
     def _cudaGraphLaunch(self, executable: Any, stream: Any) -> Any:
+        self.enqueue(int(stream), Work("cudaGraphLaunch", lambda: None, seconds=self.costs.graph_launch))
         for work in self.executables[int(executable)]:
             self.enqueue(int(stream), work.again())
         return (ERROR.cudaSuccess,)

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from engines.backends import tensorrt as backend_module
 from engines.manifest import Manifest, sidecar_path
 from tests.engines.fake_cuda import FakeCuda, Journal
+from tests.engines.fake_nvml import FakeNvml
 from tests.engines.fake_tensorrt import FakeTensorRT, engine_bytes, session_of
 from tests.engines.sdk_bindings import RTX, bindings_of
 
@@ -90,6 +91,7 @@ class FakeMachine:
     journal: Journal
     cuda: FakeCuda
     trt: FakeTensorRT
+    nvml: FakeNvml
     folder: pathlib.Path
 
     @property
@@ -104,14 +106,15 @@ class FakeMachine:
         free: bool = False,
         version: str | None = None,
         cards: tuple[int, ...] = (80, 86, 89, 120, 121),
+        seconds: tuple[float, float] = (0.0, 0.0),
         **changes: object,
     ) -> pathlib.Path:
-        """An engine with its sidecar; ``free`` for images of SIZES."""
+        """An engine with its sidecar; ``free`` for images of SIZES, ``seconds`` for a batch and for each image."""
         path = self.folder / name
         onnx = FREE_ONNX if free else ONNX
         sizes = SIZES if free else ((SIZE, SIZE),) * 3
         profile = [(rows, 3, *size) for rows, size in zip(batch, sizes, strict=True)]
-        content = engine_bytes(onnx, self.sdk, version or self.version, profile)
+        content = engine_bytes(onnx, self.sdk, version or self.version, profile, seconds=seconds)
         path.write_bytes(content)
         manifest = Manifest(
             name=path.name,
@@ -144,16 +147,19 @@ class FakeMachine:
             gc.collect()
         assert self.cuda.live() == {}
         assert [type(thing).__name__ for thing in self.trt._alive] == []
+        assert self.nvml.open == 0
         assert self.journal.violations == []
 
 
 def fake_machine(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, version: str = RTX) -> FakeMachine:
-    """Puts the fakes in the places of the SDK, of cuda-bindings and of the driver."""
+    """Puts the fakes in the places of the SDK, of cuda-bindings, of pynvml and of the driver."""
     sdk = "tensorrt_rtx" if version == RTX else "tensorrt"
     journal = Journal()
     fake_cuda = FakeCuda(journal)
     trt = FakeTensorRT(bindings_of(version), journal, fake_cuda)
+    nvml = FakeNvml(fake_cuda)
     monkeypatch.setitem(sys.modules, sdk, trt)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(cuda.bindings, "runtime", fake_cuda)
     monkeypatch.setattr(backend_module, "gpu_compute_capability", lambda: 86)
-    return FakeMachine(sdk, version, journal, fake_cuda, trt, folder)
+    return FakeMachine(sdk, version, journal, fake_cuda, trt, nvml, folder)

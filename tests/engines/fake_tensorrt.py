@@ -3,7 +3,8 @@
 ``FakeTensorRT`` stands in for the module of one SDK. It has the names that the real bindings of that version have
 (``tests.engines.sdk_bindings``) and no others, and takes as many arguments as their docstrings say. An engine is a
 file that this module writes: a header as the real one's, the profile, and the ONNX file that ``execute_async_v3``
-computes, on the memory at the addresses that were set, when the stream of ``tests.engines.fake_cuda`` gets to it.
+computes, on the memory at the addresses that were set, when the stream of ``tests.engines.fake_cuda`` gets to it. The
+file also says how long that takes in pretended time, for a batch and for each of its images.
 """
 
 from __future__ import annotations
@@ -31,9 +32,19 @@ CACHE_TAG = b"kernels:"
 Shapes = list[tuple[int, ...]]
 
 
-def engine_bytes(onnx: bytes, sdk: str, version: str, profile: Shapes, mask: int = 0x7E) -> bytes:
-    """An engine file whose header a reader of real ones takes; ``profile`` has three shapes of its input."""
-    payload = json.dumps({"profile": profile, "onnx": len(onnx)}).encode() + b"\n" + onnx
+def engine_bytes(
+    onnx: bytes,
+    sdk: str,
+    version: str,
+    profile: Shapes,
+    mask: int = 0x7E,
+    seconds: tuple[float, float] = (0.0, 0.0),
+) -> bytes:
+    """An engine file whose header a reader of real ones takes.
+
+    ``profile`` has three shapes of its input; ``seconds`` is what a batch takes, and each of its images.
+    """
+    payload = json.dumps({"profile": profile, "onnx": len(onnx), "seconds": seconds}).encode() + b"\n" + onnx
     numbers = [int(part) for part in version.split(".")]
     tag = TAGS[sdk]
     header = struct.pack(
@@ -89,6 +100,7 @@ class FakeTensorRT:
 
         def call(*arguments: Any) -> Any:
             assert any(len(arguments) in count for count in counts), f"{path}: {len(arguments)} arguments"
+            self._cuda.spend(name)
             if self._journal.enter(name, arguments):
                 logger = arguments[0] if name == "Runtime" else self._logger
                 logger.log(real.ILogger.Severity.ERROR, f"IFake::{name}: planted")
@@ -128,7 +140,7 @@ class RuntimeState:
         payload = bytes(engine)[HEADER:]
         description, _, onnx = payload.partition(b"\n")
         described = json.loads(description)
-        return self.module._made("ICudaEngine", EngineState(self, described["profile"], onnx))
+        return self.module._made("ICudaEngine", EngineState(self, described["profile"], onnx, described["seconds"]))
 
 
 class EngineState:
@@ -136,8 +148,8 @@ class EngineState:
 
     overrides: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, runtime: RuntimeState, profile: Shapes, onnx: bytes) -> None:
-        self.runtime, self.module, self.profile = runtime, runtime.module, profile
+    def __init__(self, runtime: RuntimeState, profile: Shapes, onnx: bytes, seconds: list[float]) -> None:
+        self.runtime, self.module, self.profile, self.seconds = runtime, runtime.module, profile, seconds
         self.session = session_of(onnx)
         self.known: dict[tuple[int, ...], dict[str, tuple[int, ...]]] = {}
         self.inputs = {value.name: value for value in self.session.get_inputs()}
@@ -145,6 +157,7 @@ class EngineState:
         self.names = [*self.inputs, *self.outputs]
         self.num_io_tensors = len(self.names)
         self.device_memory_size_v2 = ACTIVATIONS
+        self.last: tuple[Any, list[np.ndarray]] | None = None
 
     def value(self, name: str) -> Any:
         return (self.inputs | self.outputs)[name]
@@ -179,6 +192,13 @@ class EngineState:
             arrays = self.session.run(list(self.outputs), {image: np.zeros(shape, np.float32)})
             self.known[shape] = {name: array.shape for name, array in zip(self.outputs, arrays, strict=True)}
         return self.known[shape]
+
+    def computed(self, image: bytes, shape: tuple[int, ...]) -> list[np.ndarray]:
+        """The outputs; the same image again takes no time."""
+        if self.last is None or self.last[0] != (image, shape):
+            feeds = {name: np.frombuffer(image, np.float32).reshape(shape) for name in self.inputs}
+            self.last = ((image, shape), self.session.run(list(self.outputs), feeds))
+        return self.last[1]
 
     def create_runtime_config(self) -> Any:
         return self.module._made("IRuntimeConfig", ConfigState(self))
@@ -286,20 +306,20 @@ class ContextState:
             if kernel not in self.config.cache.kernels:
                 self.engine.module._compiled.append(kernel)
             self.config.cache.kernels.add(kernel)
-        session, inputs, outputs = self.engine.session, list(self.engine.inputs), list(self.engine.outputs)
+        (image,), outputs = self.engine.inputs, list(self.engine.outputs)
         sizes = {name: int(np.prod(shape)) * 4 for name, shape in shapes.items()}
         memory = self.memory
 
         def compute() -> None:
-            feeds = {
-                name: np.frombuffer(ctypes.string_at(addresses[name], sizes[name]), np.float32).reshape(shapes[name])
-                for name in inputs
-            }
             ctypes.memset(memory[0], 0, memory[1])
-            for name, array in zip(outputs, session.run(outputs, feeds), strict=True):
+            answers = self.engine.computed(ctypes.string_at(addresses[image], sizes[image]), shapes[image])
+            for name, array in zip(outputs, answers, strict=True):
                 assert array.nbytes == sizes[name]
                 ctypes.memmove(addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes)
 
         touches = (*((addresses[name], sizes[name]) for name in self.engine.names), memory)
-        status = self.cuda.enqueue(stream, Work("execute_async_v3", compute, touches, alone=memory[0]))
+        whole, each = self.engine.seconds
+        seconds = whole + each * shapes[image][0] + (self.cuda.costs.launches if capture is None else 0.0)
+        work = Work("execute_async_v3", compute, touches, alone=memory[0], seconds=seconds)
+        status = self.cuda.enqueue(stream, work)
         return int(status) == 0

@@ -1,0 +1,48 @@
+"""Texts without the directories of the machine that they were written on, which name its user as a rule.
+
+Errors name files by the paths that they were given, or with the directory before them. What is left of such a path is
+the file's own name, which is what says something elsewhere.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable
+from typing import Any
+
+HERE = "."
+"""In the place of a directory."""
+
+_BEFORE = r"(?<![\w.~/:-])"
+_ABSOLUTE = re.compile(_BEFORE + r"~?/(?=\S)(?:[^\s/'\":;,()|]+/)*")
+"""The directories that a path begins with, from a slash that stands behind no other letter of a path."""
+
+
+def without_directories(text: str, folders: Iterable[pathlib.Path] = ()) -> str:
+    """The text with bare file names in the place of paths.
+
+    Args:
+        text: for people to read.
+        folders: directories that are left out also where they are relative, or their names have spaces.
+    """
+    relative = {str(folder) for folder in folders if not folder.is_absolute()} - {HERE}
+    absolute = {str(form) for folder in folders for form in (folder.absolute(), folder.resolve())}
+    absolute |= {str(pathlib.Path.home()), str(pathlib.Path.cwd()), tempfile.gettempdir()} - {"/"}
+    for folder in sorted(relative | absolute, key=len, reverse=True):
+        text = re.sub(f"{_BEFORE}{re.escape(folder)}/", "", text)
+        if folder in absolute:
+            text = re.sub(rf"{_BEFORE}{re.escape(folder)}(?![\w-])", HERE, text)
+    return _ABSOLUTE.sub("", text)
+
+
+def anonymous(value: Any, folders: Iterable[pathlib.Path] = (), *, kept: frozenset[str] = frozenset()) -> Any:
+    """A JSON value with every text of it ``without_directories``, but for what stands under the names ``kept``."""
+    if isinstance(value, str):
+        return without_directories(value, folders)
+    if isinstance(value, dict):
+        return {name: inner if name in kept else anonymous(inner, folders, kept=kept) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [anonymous(inner, folders, kept=kept) for inner in value]
+    return value

@@ -1,0 +1,59 @@
+"""What whoever reads a benchmark's figures must know: what was left out, did not settle, or is noisy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engines.bench.contenders import Contender
+from engines.bench.options import Options
+from engines.bench.record import Row
+from engines.bench.rounds import WINDOWS
+from engines.bench.statistics import AGREEMENT, LARGEST_VARIATION
+from engines.bench.workload import Workload
+from engines.kind import ONNX
+from engines.timing import COMPUTE, D2H, H2D
+
+
+def warnings_of_files(
+    contenders: Sequence[Contender], names: Sequence[str], options: Options, loads: Sequence[Workload]
+) -> list[str]:
+    """Of what the files are, and of what of them is not known."""
+    found = []
+    for contender, name, load in zip(contenders, names, loads, strict=True):
+        if contender.kind == ONNX and contender.precision == "fp16" and options.provider in (None, "cpu"):
+            found.append(f"{name}: ONNX Runtime computes float16 in float32 on a CPU; this is not its speed on a GPU")
+        if load.problem is not None:
+            found.append(f"{name}: no bound is known: {load.problem}")
+    return found
+
+
+def warnings_of_left_out(contenders: Sequence[Contender], names: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Of the ways that a file should have been measured in, and was not."""
+    found = []
+    for contender, name in zip(contenders, names, strict=True):
+        for batch in dict.fromkeys(row.batch for row in rows):
+            measured = {row.way for row in rows if row.file == name and row.batch == batch}
+            missing = [way.title for way in contender.ways if way.title not in measured]
+            if missing:
+                found.append(f"{name}, batch {batch}: left out, no CUDA graph could be recorded: {'; '.join(missing)}")
+    return found
+
+
+def warnings_of_row(row: Row) -> list[str]:
+    """Of how the measurement went."""
+    where = f"{row.file}, batch {row.batch}, {row.way}"
+    found = []
+    if not row.settled:
+        found.append(
+            f"{where}: did not settle: the last {WINDOWS} of {len(row.windows)} windows differ by more than "
+            f"{AGREEMENT:.0%}"
+        )
+    if row.variation > LARGEST_VARIATION:
+        remedy = "lock the GPU's clocks (nvidia-smi -lgc)" if row.parts_ms else "stop what else runs on this machine"
+        found.append(f"{where}: latencies vary by {row.variation:.1%}, more than {LARGEST_VARIATION:.1%}; {remedy}")
+    if row.telemetry is not None and row.telemetry["throttled"]:
+        found.append(f"{where}: the card held its clocks back: {', '.join(row.telemetry['throttled'])}")
+    longest = max((H2D, D2H), key=lambda part: row.parts_ms.get(part, 0.0))
+    if row.parts_ms.get(longest, 0.0) > row.parts_ms.get(COMPUTE, 0.0):
+        found.append(f"{where}: copying ({longest}) takes longer than computing")
+    return found

@@ -1,0 +1,267 @@
+"""Files against each other: opened, measured batch by batch, judged, and put into a record.
+
+    for each batch   every way of every file is made ready and computes once (its first inference, timed apart)
+                     all of them are measured in rounds                       ``engines.bench.rounds``
+                     what the timed queries computed is held to the golden vectors
+    at the end       every golden image is computed once more and judged
+                     speed-ups are told of files that passed                  ``engines.bench.speed_ups``
+
+Speed is never told without the answers: a file that computes something else is not a faster one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engines.bench.cautions import warnings_of_files, warnings_of_left_out, warnings_of_row
+from engines.bench.contenders import Contender, Parity, Way, opened_contenders
+from engines.bench.device import Device, device_of
+from engines.bench.machine import machine, versions
+from engines.bench.options import DEFAULT_BATCHES, Options, check_options, settings_of
+from engines.bench.record import Bound, FileRow, Record, Row
+from engines.bench.rounds import Clock, Measurement, measured
+from engines.bench.speed_ups import with_speed_ups
+from engines.bench.statistics import (
+    PERCENTILES,
+    Estimate,
+    latency_percentile,
+    queries_per_second,
+    variation,
+)
+from engines.bench.workload import Workload, workload_of
+from engines.errors import UsageError
+from engines.kind import ONNX
+from engines.timing import COMPUTE, D2H, H2D, Queries
+
+MILLISECONDS = 1e3
+
+
+@dataclasses.dataclass
+class _Lane:
+    """One row in the making."""
+
+    contender: Contender
+    way: Way
+    queries: Queries
+    golden_rows: list[int] | None
+    first_seconds: float
+
+
+def bench(
+    paths: Sequence[pathlib.Path],
+    options: Options = Options(),  # noqa: B008 - it is frozen
+    *,
+    clock: Clock = time.perf_counter,
+    told: Callable[[str], None] = lambda line: None,
+) -> Record:
+    """Measures the files side by side.
+
+    Args:
+        paths: ONNX files and engines; speed-ups are against the first.
+        options: how.
+        clock: of the host, in seconds.
+        told: is given a line when a batch was measured.
+
+    Raises:
+        UsageError: options that contradict each other, or that a file cannot satisfy.
+        InputRejected: a file cannot be run.
+        SdkMissing: what it runs on is not here.
+        DeviceFailed: a call to the GPU failed.
+    """
+    check_options(options)
+    names = names_of(paths)
+    with opened_contenders(list(paths), options, clock) as contenders, contextlib.ExitStack() as resources:
+        batches = batches_of(contenders, options)
+        device = device_of(contenders, options, resources)
+        loads = [workload_of(contender.path, options.size) for contender in contenders]
+        parities: list[list[Parity]] = [[] for _ in contenders]
+        rows: list[Row] = []
+        for batch in batches:
+            found, judged = _rows_of_batch(contenders, names, batch, options, clock, device, loads)
+            for place, parity in judged:
+                parities[place].append(parity)
+            rows += found
+            told(f"measured batch {batch}: {len(found)} rows, {sum(row.queries for row in found)} queries that count")
+        for place, contender in enumerate(contenders):
+            parities[place].insert(0, contender.parity_of_all())
+        files = [
+            _file_row(contender, name, _together(said), load)
+            for contender, name, said, load in zip(contenders, names, parities, loads, strict=True)
+        ]
+        return Record(
+            machine=machine(device),
+            versions=versions(),
+            settings=settings_of(options, batches, with_onnx=any(contender.kind == ONNX for contender in contenders)),
+            files=tuple(files),
+            rows=tuple(with_speed_ups(rows, files)),
+            warnings=(
+                *warnings_of_files(contenders, names, options, loads),
+                *([f"no bounds, clocks or energy: {device.problem}"] if device and device.problem else []),
+                *warnings_of_left_out(contenders, names, rows),
+                *(warning for row in rows for warning in warnings_of_row(row)),
+            ),
+        )
+
+
+def names_of(paths: Sequence[pathlib.Path]) -> list[str]:
+    """The files' names, or their paths where two files have the same name.
+
+    Raises:
+        UsageError: there is no file, or one is given twice.
+    """
+    if not paths:
+        raise UsageError("give at least one file")
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    if twice:
+        raise UsageError(f"{twice[0]} is given twice")
+    return names
+
+
+def batches_of(contenders: Sequence[Contender], options: Options) -> tuple[int, ...]:
+    """The batches that every file takes; all that were asked for, or those of the default that fit.
+
+    Raises:
+        UsageError: a file does not take a batch that was asked for, or none of the default.
+    """
+    if options.batches is None:
+        fitting = tuple(batch for batch in DEFAULT_BATCHES if all(contender.takes(batch) for contender in contenders))
+        if fitting:
+            return fitting
+        ranges = "; ".join(f"{contender.path.name} {_range(contender)}" for contender in contenders)
+        raise UsageError(f"no usual batch fits all files ({ranges}); give --batch")
+    for batch in options.batches:
+        for contender in contenders:
+            if not contender.takes(batch):
+                raise UsageError(f"--batch {batch}: {contender.path} takes batches of {_range(contender)}")
+    return options.batches
+
+
+def _range(contender: Contender) -> str:
+    least, most = contender.backend.batch
+    return f"{least} or more" if most is None else str(least) if least == most else f"{least} to {most}"
+
+
+def _rows_of_batch(
+    contenders: Sequence[Contender],
+    names: Sequence[str],
+    batch: int,
+    options: Options,
+    clock: Clock,
+    device: Device | None,
+    loads: Sequence[Workload],
+) -> tuple[list[Row], list[tuple[int, Parity]]]:
+    """All rows of one batch, and of each what it computed, by the file's place."""
+    with contextlib.ExitStack() as resources:
+        lanes = [
+            lane
+            for contender in contenders
+            for way in contender.ways
+            if (lane := _lane(contender, way, batch, options, clock, resources)) is not None
+        ]
+        measurements = measured([lane.queries for lane in lanes], options.duration, clock)
+        rows, judged = [], []
+        for lane, measurement in zip(lanes, measurements, strict=True):
+            place = contenders.index(lane.contender)
+            judged.append((place, lane.contender.parity(lane.queries.results(), lane.golden_rows)))
+            telemetry = None
+            if device is not None:
+                telemetry = device.telemetry(lane.queries, batch, options.duration, clock)
+            rows.append(_row(lane, names[place], batch, measurement, device, loads[place], telemetry))
+        return rows, judged
+
+
+def _lane(
+    contender: Contender, way: Way, batch: int, options: Options, clock: Clock, resources: contextlib.ExitStack
+) -> _Lane | None:
+    """The row, made ready; None where the GPU records no graph of it."""
+    images, golden_rows = contender.images(batch, options.size)
+    started = clock()
+    queries = contender.queries(way, images, clock)
+    resources.callback(queries.close)
+    if way.graph and not getattr(queries, "graphed", True):
+        return None
+    queries.run(1)
+    return _Lane(contender, way, queries, golden_rows, clock() - started)
+
+
+def _row(
+    lane: _Lane,
+    name: str,
+    batch: int,
+    measurement: Measurement,
+    device: Device | None,
+    load: Workload,
+    telemetry: dict[str, Any] | None,
+) -> Row:
+    counted = measurement.counted
+    rate = queries_per_second(counted)
+    medians = {part: float(np.median(measurement.counted_part(part))) for part in measurement.parts}
+    steady = measurement.counted_part(COMPUTE) if COMPUTE in measurement.parts else counted.latencies
+    return Row(
+        file=name,
+        batch=batch,
+        way=lane.way.title,
+        first_seconds=lane.first_seconds,
+        queries=counted.queries,
+        images_per_second=_times(rate, batch),
+        queries_per_second=rate,
+        latency_ms={percent: _in_ms(latency_percentile(counted, percent)) for percent in PERCENTILES},
+        parts_ms={part: median * MILLISECONDS for part, median in medians.items()},
+        variation=variation(steady),
+        windows=tuple(batch * rate for rate in measurement.windows),
+        settled=measurement.settled,
+        speedup=None,
+        against=None,
+        no_speedup=None,
+        bytes_per_image=load.bytes_per_image(batch),
+        bound=_bound(device, load, batch, rate.value, medians),
+        telemetry=telemetry,
+        measurement=measurement,
+    )
+
+
+def _bound(
+    device: Device | None, load: Workload, batch: int, rate: float, medians: Mapping[str, float]
+) -> Bound | None:
+    """The least time for a query on the card, and how near the row comes to it."""
+    if device is None or device.card is None or (least := load.bound(device.card, batch)) is None:
+        return None
+    copying = medians.get(H2D, 0.0) + medians.get(D2H, 0.0)
+    binds = "transfers" if copying > medians.get(COMPUTE, np.inf) else least.binds
+    return Bound(device.card.title, least.seconds * MILLISECONDS, binds, 100 * least.seconds * rate)
+
+
+def _times(estimate: Estimate, factor: float) -> Estimate:
+    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor)
+
+
+def _in_ms(estimate: Estimate | None) -> Estimate | None:
+    return None if estimate is None else _times(estimate, MILLISECONDS)
+
+
+def _together(parities: Sequence[Parity]) -> Parity:
+    """The first failure, else what the run of all golden images says."""
+    return next((parity for parity in parities if parity.passed is False), parities[0])
+
+
+def _file_row(contender: Contender, name: str, parity: Parity, load: Workload) -> FileRow:
+    return FileRow(
+        file=name,
+        sha256=contender.sha256,
+        bytes=contender.path.stat().st_size,
+        precision=contender.precision,
+        kind=contender.kind,
+        load_seconds=contender.load_seconds,
+        parity=parity,
+        operations_per_image=load.operations_per_image,
+    )

@@ -1,0 +1,242 @@
+"""The files that a benchmark compares, opened, and the ways in which each computes a batch.
+
+    a session of ONNX Runtime   numpy to numpy, on the host's clock
+    an engine on a GPU          launches or a CUDA graph, with transfers or the compute alone, by events on the GPU
+
+What is computed are the golden images, over and over until the batch is full, so that the answers of the very queries
+that were timed can be judged; without golden vectors it is noise, and nothing is judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.backends.backend import Arrays, Backend, check_extents
+from engines.bench.options import Options
+from engines.bench.rounds import Clock
+from engines.errors import InputRejected, UsageError
+from engines.files import sha256_of
+from engines.golden import GOLDEN_NAME, Golden
+from engines.judgement import gate_with_tolerance, judgement, telling_golden
+from engines.kind import ONNX, kind_of_file
+from engines.manifest import Manifest
+from engines.parity import Gate
+from engines.report_file import REPORT_NAME, report_from_file
+from engines.runner import Runner, described, opened_file
+from engines.sizes import Size
+from engines.timing import Queries, Timing
+from engines.verification import answers_to_golden, gate_of_precision
+
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a batch is computed; ``graph`` and ``transfers`` are None where there is no choice."""
+
+    title: str
+    graph: bool | None = None
+    transfers: bool | None = None
+
+
+ON_HOST = (Way("numpy to numpy"),)
+ON_DEVICE = tuple(
+    Way(f"{launching}, {moving}", graph, transfers)
+    for launching, graph in (("launches", False), ("CUDA graph", True))
+    for moving, transfers in (("with transfers", True), ("compute alone", False))
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Whether a file's answers are the network's; ``passed`` is None where that was not checked."""
+
+    passed: bool | None
+    detail: str
+
+
+class HostQueries:
+    """A batch computed by a backend's ``run``; see ``engines.timing.Queries``."""
+
+    def __init__(self, backend: Backend, feeds: Arrays, clock: Clock) -> None:
+        self._backend, self._feeds, self._clock = backend, feeds, clock
+        self._results: Arrays = {}
+
+    def run(self, count: int) -> Timing:
+        """Computes the batch ``count`` times; the clock is read once between two of them."""
+        run, feeds, clock = self._backend.run, self._feeds, self._clock
+        moments = [0.0] * (count + 1)
+        moments[0] = clock()
+        for index in range(1, count + 1):
+            results = run(feeds)
+            moments[index] = clock()
+        self._results = results
+        return Timing(np.diff(moments), moments[-1] - moments[0])
+
+    def results(self) -> Arrays:
+        """Of the last query."""
+        return self._results
+
+    def close(self) -> None:
+        """Holds nothing but arrays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """An open file; ``load_seconds`` is what opening took, ``golden`` the vectors beside it, or why there are none."""
+
+    path: pathlib.Path
+    sha256: str
+    kind: str
+    precision: str
+    backend: Backend
+    load_seconds: float
+    gate: Gate | None
+    golden: Golden | str
+
+    @property
+    def ways(self) -> tuple[Way, ...]:
+        """An engine's, if the backend can time its parts."""
+        return ON_DEVICE if hasattr(self.backend, "queries") else ON_HOST
+
+    def takes(self, batch: int) -> bool:
+        """Whether the file computes so many images at once."""
+        least, most = self.backend.batch
+        return least <= batch and (most is None or batch <= most)
+
+    def queries(self, way: Way, images: NDArray[np.float32], clock: Clock) -> Queries:
+        """A batch of ``images``, computed in this way.
+
+        Raises:
+            DeviceFailed: a call to the GPU failed.
+        """
+        feeds = {self.backend.inputs[0].name: images}
+        if way.graph is None:
+            return HostQueries(self.backend, feeds, clock)
+        backend: Any = self.backend
+        queries: Queries = backend.queries(feeds, graph=way.graph, transfers=way.transfers, clock=clock)
+        return queries
+
+    def images(self, batch: int, size: Size | None) -> tuple[NDArray[np.float32], list[int] | None]:
+        """A batch (batch, C, H, W), and which golden image each row is; None where it is noise.
+
+        Raises:
+            UsageError: height and width are free, and nothing says what they should be; or they cannot be ``size``.
+        """
+        shape = self._shape(size)
+        if isinstance(self.golden, Golden) and self.golden.images.shape[1:] == shape:
+            rows = [row % len(self.golden.images) for row in range(batch)]
+            return np.ascontiguousarray(self.golden.images[rows]), rows
+        return np.random.default_rng(SEED).standard_normal((batch, *shape), np.float32), None
+
+    def parity(self, results: Arrays, rows: list[int] | None) -> Parity:
+        """Judges what was computed for golden images; ``rows`` are those of ``images``."""
+        if isinstance(self.golden, str):
+            return Parity(None, self.golden)
+        if self.gate is None:
+            return Parity(None, f"there is no gate for its precision, {self.precision or 'unnamed'}")
+        if rows is None:
+            return Parity(None, f"its {GOLDEN_NAME} has images of another size")
+        try:
+            judged = judgement(self.golden, results, self.gate, rows)
+        except ValueError as error:
+            return Parity(passed=False, detail=str(error))
+        return Parity(judged.failure is None, judged.line)
+
+    def parity_of_all(self) -> Parity:
+        """Runs and judges every golden image, as ``engines verify`` does."""
+        if isinstance(self.golden, str) or self.gate is None:
+            return self.parity({}, [])
+        try:
+            runner = Runner(self.backend, title=str(self.path))
+            return self.parity(answers_to_golden(runner, self.golden), list(range(len(self.golden.images))))
+        except (InputRejected, UsageError) as error:
+            return Parity(passed=False, detail=str(error).removeprefix(f"{self.path}: "))
+
+    def _shape(self, size: Size | None) -> tuple[int, ...]:
+        """Channels, height and width."""
+        _, channels, *extents = self.backend.inputs[0].shape
+        if None not in extents:
+            if size not in (None, tuple(extents)):
+                raise UsageError(f"--size: {self.path} takes images of {'x'.join(map(str, extents))} alone")
+            return (channels or 0, *(extent or 0 for extent in extents))
+        chosen = size or self._usual_size()
+        shape = (channels or 0, *chosen)
+        check_extents(self.backend.inputs[0].name, (1, *shape), getattr(self.backend, "profile", {}))
+        return shape
+
+    def _usual_size(self) -> Size:
+        """Of the golden images, else what the file says of itself."""
+        if isinstance(self.golden, Golden):
+            height, width = self.golden.images.shape[2:]
+            return height, width
+        raise UsageError(f"--size: {self.path} takes images of any size, and has no {GOLDEN_NAME}; say which")
+
+
+@contextlib.contextmanager
+def opened_contenders(paths: list[pathlib.Path], options: Options, clock: Clock) -> Iterator[list[Contender]]:
+    """Opens the files one after the other, timing each, and closes them all.
+
+    Raises:
+        InputRejected: a file cannot be run, or takes something else than images.
+        SdkMissing: what it runs on is not here.
+    """
+    with contextlib.ExitStack() as resources:
+        yield [_opened(path, options, clock, resources) for path in paths]
+
+
+def _opened(path: pathlib.Path, options: Options, clock: Clock, resources: contextlib.ExitStack) -> Contender:
+    kind = kind_of_file(path)
+    started = clock()
+    opened = opened_file(
+        path,
+        device=options.device,
+        provider=options.provider if kind == ONNX else None,
+        threads=options.threads if kind == ONNX else None,
+    )
+    seconds = clock() - started
+    backend = opened.backend
+    resources.callback(backend.close)
+    if len(backend.inputs) != 1 or len(backend.inputs[0].shape) != 4 or not backend.inputs[0].shape[1]:
+        takes = ", ".join(map(described, backend.inputs))
+        raise InputRejected(f"{path}: takes {takes}; expected one input of images (N, C, H, W)")
+    if backend.inputs[0].dtype != "float32":
+        raise InputRejected(f"{path}: its input is {backend.inputs[0].dtype}; expected float32")
+    metadata: dict[str, str] = getattr(backend, "metadata", {})
+    precision = metadata.get("precision", "") if opened.manifest is None else opened.manifest.precision
+    return Contender(
+        path=path,
+        sha256=sha256_of(path),
+        kind=kind,
+        precision=precision,
+        backend=backend,
+        load_seconds=seconds,
+        gate=_gate(path, precision, opened.manifest),
+        golden=_golden(path.with_name(GOLDEN_NAME if opened.manifest is None else opened.manifest.golden)),
+    )
+
+
+def _gate(path: pathlib.Path, precision: str, manifest: Manifest | None) -> Gate | None:
+    if manifest is not None:
+        return gate_with_tolerance(precision, manifest.tolerance)
+    report = path.with_name(REPORT_NAME)
+    try:
+        return gate_of_precision(precision, report_from_file(report) if report.is_file() else None)
+    except InputRejected:
+        return gate_of_precision(precision, None)
+
+
+def _golden(path: pathlib.Path) -> Golden | str:
+    if not path.is_file():
+        return f"there is no {path.name} beside it"
+    try:
+        return telling_golden(path)
+    except InputRejected as error:
+        return str(error).removeprefix(f"{path}: ")

@@ -1,0 +1,102 @@
+"""A benchmark's record as lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engines.bench.record import FileRow, Record, Row
+from engines.bench.statistics import Estimate
+
+MISSING = "-"
+WORDS = {True: "ok", False: "FAIL", None: "not checked"}
+COLUMNS = (
+    "file", "way", "images/s (95 %)", "queries/s", "p50 ms", "p90", "p95", "p99", "h2d", "compute", "d2h", "first ms",
+    "MHz", "C", "W", "J/image", "speed-up", "% of the bound",
+)  # fmt: skip
+NAMED = 2
+"""Columns of words, which stand to the left."""
+
+
+def lines_from_record(record: Record) -> list[str]:
+    """The whole record: what it was measured on and how, a table for each batch, and what to know of it."""
+    batches = dict.fromkeys(row.batch for row in record.rows)
+    tables = [line for batch in batches for line in _table([row for row in record.rows if row.batch == batch])]
+    return [*_lines_before(record), *tables, *_lines_after(record)]
+
+
+def _lines_before(record: Record) -> list[str]:
+    machine = record.machine
+    where = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}"
+    if machine["gpu"] is not None:
+        where = f"{machine['gpu']}, driver {machine['driver']}; {where}"
+    settings = ", ".join(f"{setting.name} {setting.value} ({setting.source})" for setting in record.settings)
+    versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+    return [
+        f"machine: {where}",
+        f"versions: {versions}",
+        f"settings: {settings}",
+        *(_file_line(file) for file in record.files),
+    ]
+
+
+def _file_line(file: FileRow) -> str:
+    operations = "" if file.operations_per_image is None else f", {file.operations_per_image / 1e9:.3g} GFLOP an image"
+    return (
+        f"file {file.file}: {file.precision or 'no precision named'}, {file.bytes / 1e6:.3g} MB, opened in "
+        f"{file.load_seconds * 1e3:.0f} ms{operations}; parity {WORDS[file.parity.passed]}: {file.parity.detail}"
+    )
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    """Of one batch; columns in which nothing stands are left out."""
+    cells = [list(COLUMNS), *(_cells(row) for row in rows)]
+    used = [index for index in range(len(COLUMNS)) if any(line[index] != MISSING for line in cells[1:])]
+    widths = {index: max(len(line[index]) for line in cells) for index in used}
+    windows = len(rows[0].windows)
+    settled = "the last 3 agree" if all(row.settled for row in rows) else "not settled"
+    lines = [f"batch {rows[0].batch}: {windows} windows, {settled}"]
+    for line in cells:
+        aligned = [
+            line[index].ljust(widths[index]) if index < NAMED else line[index].rjust(widths[index]) for index in used
+        ]
+        lines.append(f"  {'  '.join(aligned)}".rstrip())
+    return lines
+
+
+def _lines_after(record: Record) -> list[str]:
+    rows = [(f"{row.file}, batch {row.batch}, {row.way}", row) for row in record.rows]
+    return [
+        *(f"no speed-up {where}: {row.no_speedup}" for where, row in rows if row.no_speedup is not None),
+        *(f"warning {warning}" for warning in record.warnings),
+        record.verdict,
+    ]
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.file,
+        row.way,
+        _estimate(row.images_per_second, "", 0 if row.images_per_second.value >= 100 else 2),
+        f"{row.queries_per_second.value:.4g}",
+        *(_ms(None if estimate is None else estimate.value) for estimate in row.latency_ms.values()),
+        *(_ms(row.parts_ms.get(part)) for part in ("h2d", "compute", "d2h")),
+        _ms(row.first_seconds * 1e3),
+        *(_told(row, name) for name in ("sm_clock_mhz", "temperature_c", "power_w", "joules_per_image")),
+        MISSING if row.speedup is None else _estimate(row.speedup, "x", 2),
+        MISSING if row.bound is None else f"{row.bound.percent:.0f} % ({row.bound.binds})",
+    ]
+
+
+def _told(row: Row, name: str) -> str:
+    """What the card told of itself while it computed the row."""
+    value = None if row.telemetry is None else row.telemetry[name]
+    return MISSING if value is None else f"{value:.4g}"
+
+
+def _ms(value: float | None) -> str:
+    return MISSING if value is None else f"{value:#.3g}" if value < 100 else f"{value:.0f}"
+
+
+def _estimate(estimate: Estimate, unit: str, digits: int) -> str:
+    value, low, high = (f"{number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
+    return f"{value}{unit} ({low} to {high})"

@@ -1,0 +1,120 @@
+"""``python -m engines bench FILE...``: how fast, side by side, and is it still the network?"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from typing import TYPE_CHECKING
+
+from engines.arguments import integers_from_text
+from engines.errors import UsageError, VerificationFailed
+
+if TYPE_CHECKING:
+    from engines.bench import Options, Record
+
+NAME = "bench"
+HELP = "measure files side by side: throughput, latencies, speed-ups, and how near they come to the card's bound"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "files", type=pathlib.Path, nargs="+", metavar="FILE", help="engines and ONNX files; the first is compared with"
+    )
+    parser.add_argument("--batch", metavar="N[,N]", help="images at once (default: those of 1,8,32 that fit)")
+    parser.add_argument("--provider", help="ONNX Runtime's, for ONNX files: cpu (the default), cuda, tensorrt")
+    parser.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime on the CPU (default: its own choice)")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="the GPU to run on (default: 0)")
+    parser.add_argument("--size", metavar="N|HxW", help="of the images, for files that take any")
+    parser.add_argument(
+        "--duration", type=float, metavar="S", help="seconds that each row is measured for, at least (default: 3)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the record as JSON, and nothing else, on stdout")
+    parser.add_argument(
+        "--report",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="write bench.json and bench.svg there, and a section into its report.md",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and prints.
+
+    Raises:
+        VerificationFailed: a file computes something else than its network.
+        ReportedError: nothing could be measured, or written.
+    """
+    from engines.bench import bench, lines_from_record
+
+    report: pathlib.Path | None = arguments.report
+    if report is not None and not report.is_dir():
+        raise UsageError(f"--report {report}: is no directory; give that of an export, or make it")
+    told = (lambda line: None) if arguments.json else (lambda line: print(line, flush=True))
+    record = bench(arguments.files, options_from_arguments(arguments), told=told)
+    if arguments.json:
+        sys.stdout.write(record.to_json())
+    else:
+        print("\n".join(lines_from_record(record)))
+    if report is not None:
+        for path in written_report(record, report):
+            if not arguments.json:
+                print(f"written to {path}")
+    if record.failures:
+        raise VerificationFailed("; ".join(record.failures))
+    return 0
+
+
+def options_from_arguments(arguments: argparse.Namespace) -> Options:
+    """The options of the command line."""
+    from engines.bench import Options
+
+    given = {
+        "batches": arguments.batch and integers_from_text("--batch", arguments.batch, ","),
+        "duration": arguments.duration,
+        "size": arguments.size and size_from_text(arguments.size),
+    }
+    return Options(
+        provider=arguments.provider,
+        threads=arguments.threads,
+        device=arguments.device,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+
+
+def size_from_text(text: str) -> tuple[int, int]:
+    """``"224"`` or ``"224x320"`` to (height, width)."""
+    from engines.sizes import sizes_from_text
+
+    least, _, most = sizes_from_text(text)
+    if least != most:
+        raise UsageError(f"--size: {text!r} is not one size, N or HxW")
+    return least
+
+
+def written_report(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes ``bench.json`` with every latency, ``bench.svg``, and the section in ``report.md``.
+
+    Raises:
+        SdkMissing: there is nothing to draw with.
+        OutputFailed: something cannot be written.
+    """
+    from engines.bench.markdown import markdown_from_record, report_with_section
+    from engines.bench.plot import PLOT_NAME, svg_from_record
+    from engines.bench.record import BENCH_NAME
+    from engines.files import write_whole
+
+    value = record.to_value()
+    plot = svg_from_record(value)
+    report = folder / "report.md"
+    before = report.read_text(encoding="utf-8") if report.is_file() else ""
+    section = report_with_section(before, markdown_from_record(value, PLOT_NAME))
+    written = {
+        folder / BENCH_NAME: record.to_json(raw=True).encode(),
+        folder / PLOT_NAME: plot,
+        report: section.encode(),
+    }
+    for path, content in written.items():
+        write_whole(path, content)
+    return list(written)

@@ -1,0 +1,273 @@
+"""What the owner of a GPU sends back: one JSON file from which every figure can be made again elsewhere.
+
+    files       size and SHA-256 of everything an export lists, and of every engine in its directory
+    findings    what needs no GPU: listed, golden, integrity, audit, and the ONNX files on this machine's CPU
+    engines     their answers to the golden vectors, bit for bit, beside the reference; layer by layer where they fail
+    throughput  a benchmark's record with every latency, and what each kernel computes and moves, for the roofline
+
+A receipt of a failure is as good as any other: it is what one sends back. Where no GPU ran anything its first field
+says so. Directories, hosts, users and the environment are left out. ``engines.replay`` reads it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engines.anonymous import anonymous, without_directories
+from engines.errors import InputRejected, ReportedError, SdkMissing
+from engines.files import sha256_of
+from engines.golden import GOLDEN_NAME, INPUT, golden_from_file
+from engines.integrity import checked_engine
+from engines.judgement import gate_with_tolerance, judgement, telling_golden
+from engines.kind import ENGINE_SUFFIX
+from engines.layer_by_layer import layers_of_engine
+from engines.manifest import Manifest, manifest_from_file, sidecar_path
+from engines.packing import packed_array
+from engines.parity import GATES
+from engines.receipt_figures import DIGEST, digest_of, figures_of_judgement, finite, ran_on_gpu, verdict_of
+from engines.report_file import REPORT_NAME, report_from_file
+from engines.runner import load
+from engines.sdk import gpu_compute_capability
+from engines.verification import RUN, Verification, answers_to_golden
+from engines.version import VERSION
+
+if TYPE_CHECKING:
+    from engines.bench import Options
+
+SCHEMA = 1
+GPU_PACKAGES = ("cuda-bindings", "nvidia-ml-py")
+FIGURES = ("passed", "detail", "relative_error", "sqnr_db", "cosine", "top1_agreement", "non_finite")
+"""Of an engine, by ``engines.receipt_figures``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Of which directories, and how: ``options`` are the benchmark's, and have the device.
+
+    ``told`` is given a line when something is done.
+    """
+
+    folders: tuple[pathlib.Path, ...]
+    options: Options
+    allow_no_gpu: bool = False
+    told: Callable[[str], None] = lambda line: None
+
+
+def receipt_from_folders(request: Request) -> dict[str, Any]:
+    """Checks, runs and measures everything, and returns it as plain values for JSON.
+
+    Raises:
+        InputRejected: a directory is not an export's, or has no engine.
+        SdkMissing: no GPU answers, and that was not allowed.
+    """
+    for folder in request.folders:
+        engines_of(folder)
+    capability = gpu_compute_capability(request.options.device)
+    if capability is None and not request.allow_no_gpu:
+        raise SdkMissing(
+            "no GPU answers here, and a receipt tells what one computed; run it on a machine with an NVIDIA GPU, or "
+            "give --allow-no-gpu for a receipt that says that none ran anything"
+        )
+    exports = [_export(folder, request, with_gpu=capability is not None) for folder in request.folders]
+    passed, verdict = verdict_of(exports)
+    receipt = {
+        "ran_on_gpu": ran_on_gpu(exports),
+        "schema": SCHEMA,
+        "tool": VERSION,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": {"compute_capability": capability, **_machine(exports)},
+        "versions": _versions(exports),
+        "card": _card(exports),
+        "exports": exports,
+        "passed": passed,
+        "verdict": verdict,
+    }
+    return {**receipt, DIGEST: digest_of(receipt)}
+
+
+def engines_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The engines of an export, float32 first, so that others are compared with it.
+
+    Raises:
+        InputRejected: no export was written there, or it has no engine.
+    """
+    if not (folder / REPORT_NAME).is_file():
+        raise InputRejected(f"{folder}: has no {REPORT_NAME}, so no export wrote it; give the directory of an export")
+    engines = sorted(folder.glob(f"*{ENGINE_SUFFIX}"), key=lambda path: (_rank(path), path.name))
+    if not engines:
+        raise InputRejected(f"{folder}: has no engine to be run; export again with --trt")
+    return engines
+
+
+def _rank(engine: pathlib.Path) -> int:
+    try:
+        return list(GATES).index(manifest_from_file(sidecar_path(engine)).precision)
+    except (InputRejected, ValueError):
+        return len(GATES)
+
+
+def _export(folder: pathlib.Path, request: Request, *, with_gpu: bool) -> dict[str, Any]:
+    """Everything about one directory."""
+    found = [
+        finding
+        for finding in Verification(static=True).findings_of_folder(folder)
+        if not (finding.engine and finding.check == RUN)
+    ]
+    engines = [_engine(path, request.options.device, with_gpu=with_gpu) for path in engines_of(folder)]
+    for engine in engines:
+        request.told(f"{engine['file']}: {engine['detail']}")
+    ran = [folder / engine["file"] for engine in engines if engine["answers"] is not None]
+    throughput, problem = _throughput(ran, request) if ran else (None, None)
+    return {
+        "files": _files(folder),
+        "findings": [
+            {name: getattr(finding, name) for name in ("file", "check", "passed")}
+            | {"detail": without_directories(finding.detail, [folder])}
+            for finding in found
+        ],
+        "golden": _golden(folder / GOLDEN_NAME),
+        "engines": anonymous(engines, [folder], kept=frozenset({"answers"})),
+        "throughput": throughput,
+        "throughput_problem": None if problem is None else without_directories(problem, [folder]),
+        "works": _works(ran),
+    }
+
+
+def _files(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Every file that is listed, or an engine's, as it is found and as it is listed."""
+    try:
+        listed = {file.name: file for file in report_from_file(folder / REPORT_NAME).files}
+    except InputRejected:
+        listed = {}
+    engines = [name for path in folder.glob(f"*{ENGINE_SUFFIX}") for name in (path.name, sidecar_path(path).name)]
+    found = []
+    for name in sorted({REPORT_NAME, *listed, *engines}):
+        path, there = folder / name, listed.get(name)
+        found.append(
+            {
+                "name": name,
+                "bytes": path.stat().st_size if path.is_file() else None,
+                "sha256": sha256_of(path) if path.is_file() else None,
+                "listed": None if there is None else {"bytes": there.bytes, "sha256": there.sha256},
+            }
+        )
+    return found
+
+
+def _golden(path: pathlib.Path) -> dict[str, Any] | None:
+    """The reference, and a digest of each image; None where the file is no golden vectors, which a finding says."""
+    try:
+        images = golden_from_file(path).images
+        with np.load(path, allow_pickle=False) as archive:
+            outputs = {name: packed_array(archive[name]) for name in archive.files if name != INPUT}
+    except InputRejected:
+        return None
+    return {"images": [hashlib.sha256(image.tobytes()).hexdigest() for image in images], "outputs": outputs}
+
+
+def _engine(path: pathlib.Path, device: int, *, with_gpu: bool) -> dict[str, Any]:
+    """An engine's answers and what they come to, or why there are none."""
+    entry: dict[str, Any] = dict.fromkeys(
+        ("precision", "tolerance", "sha256", "sdk", "answers", *FIGURES, "layers", "layers_problem")
+    )
+    entry = {"file": path.name, **entry}
+    try:
+        _, manifest = checked_engine(path)
+        if manifest is None:
+            raise InputRejected(f"{path}: has no sidecar")
+        entry |= {name: getattr(manifest, name) for name in ("precision", "tolerance", "sha256", "sdk")}
+        if not with_gpu:
+            return entry | {"detail": "no GPU answers here"}
+        return entry | _answered(path, manifest, device)
+    except (ReportedError, ValueError) as error:
+        return entry | {"passed": False, "detail": str(error).removeprefix(f"{path}: ")}
+
+
+def _answered(path: pathlib.Path, manifest: Manifest, device: int) -> dict[str, Any]:
+    """Runs the golden images; where the answers do not pass, computes layer by layer."""
+    golden = telling_golden(path.parent / manifest.golden)
+    with load(path, device=device) as runner:
+        answers = answers_to_golden(runner, golden)
+    judged = judgement(golden, answers, gate_with_tolerance(manifest.precision, manifest.tolerance))
+    entry = {"answers": {name: packed_array(array) for name, array in answers.items()}, **figures_of_judgement(judged)}
+    return entry if judged.failure is None else entry | _layers(path, device)
+
+
+def _layers(path: pathlib.Path, device: int) -> dict[str, Any]:
+    try:
+        layers = layers_of_engine(path, device=device)
+    except ReportedError as error:
+        return {"layers_problem": str(error).removeprefix(f"{path}: ")}
+    figures = ("relative_error", "sqnr_db")
+    return {
+        "layers": [
+            dataclasses.asdict(layer) | {name: finite(getattr(layer, name)) for name in figures} for layer in layers
+        ]
+    }
+
+
+def _throughput(engines: Sequence[pathlib.Path], request: Request) -> tuple[dict[str, Any] | None, str | None]:
+    """The benchmark's record without what is the environment's, or why there is none."""
+    from engines.bench import bench
+
+    try:
+        record = bench(engines, request.options, told=request.told).to_value(raw=True)
+    except ReportedError as error:
+        return None, str(error)
+    record["settings"] = [setting for setting in record["settings"] if setting["source"] != "environment"]
+    folders = [engine.parent for engine in engines]
+    return anonymous(record, folders, kept=frozenset({"raw"})), None
+
+
+def _works(engines: Sequence[pathlib.Path]) -> dict[str, Any]:
+    """By file, what each kernel computes and moves; a file whose graph cannot be counted has none."""
+    from engines.roofline import works_of_file
+
+    found = {}
+    for path in engines:
+        try:
+            found[path.name] = [dataclasses.asdict(work) for work in works_of_file(path)]
+        except ReportedError:
+            continue
+    return found
+
+
+def _machine(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """As the first benchmark says, which knows the GPU; else what is known without one."""
+    from engines.bench.machine import machine
+
+    records = [export["throughput"]["machine"] for export in exports if export["throughput"] is not None]
+    return anonymous(records[0] if records else machine(None))
+
+
+def _card(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The peaks that the roofline was made of; None where the card's are not known."""
+    from engines.cards import CARDS
+
+    keys = {export["throughput"]["machine"]["card"] for export in exports if export["throughput"] is not None}
+    card = next((card for card in CARDS if card.key in keys), None)
+    if card is None:
+        return None
+    names = ("key", "title", "compute_capability", "operations_per_second", "bytes_per_second")
+    return {name: getattr(card, name) for name in names}
+
+
+def _versions(exports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    from engines.bench.machine import versions
+
+    records = [export["throughput"]["versions"] for export in exports if export["throughput"] is not None]
+    found: dict[str, str] = dict(records[0] if records else versions(None))
+    for name in GPU_PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,104 @@
+"""What follows from the raw data of a receipt: made when it is written, and made again when it is replayed.
+
+an engine   figures and verdict from its answers, the golden reference and the gate   ``engines.judgement``
+a layer     whether it is within the gate, top-1 left aside
+the whole   the checks that were made, how many hold, and whether a GPU ran anything
+the digest  SHA-256 of everything else in the receipt: what no other figure depends on cannot change unseen
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.golden import Golden
+from engines.judgement import Judgement, gate_with_tolerance, judgement
+from engines.outputs import layout_from_outputs
+from engines.parity import Comparison, Gate
+
+DIGEST = "sha256"
+NO_GPU_RAN = "no GPU ran anything"
+
+
+def golden_from_reference(images: Sequence[str], outputs: Mapping[str, NDArray[np.float64]]) -> Golden:
+    """Golden vectors without their images: judging answers takes no more than which of them are the same.
+
+    Args:
+        images: a digest of each.
+        outputs: the reference's, (n, ...) by name.
+
+    Raises:
+        ValueError: the outputs are not of so many images.
+    """
+    if any(len(output) != len(images) for output in outputs.values()):
+        raise ValueError(f"{len(images)} images, and outputs of another number")
+    stand_ins = np.array([images.index(image) for image in images], np.float32).reshape(-1, 1, 1, 1)
+    layout = layout_from_outputs(outputs)
+    shapes = {name: output.shape[1:] for name, output in outputs.items()}
+    return Golden(stand_ins, layout.joined(outputs), layout, shapes)
+
+
+def engine_figures(
+    golden: Golden, precision: str, tolerance: float, answers: Mapping[str, NDArray[Any]]
+) -> dict[str, Any]:
+    """What stands in a receipt beside an engine's answers.
+
+    Raises:
+        ValueError: the answers are not those of the golden vectors, by name or shape.
+    """
+    return figures_of_judgement(judgement(golden, answers, gate_with_tolerance(precision, tolerance)))
+
+
+def figures_of_judgement(judged: Judgement) -> dict[str, Any]:
+    """As JSON; a figure that is not finite is null."""
+    comparison = judged.comparison
+    return {
+        "passed": judged.failure is None,
+        "detail": judged.line,
+        "relative_error": finite(comparison.relative_error),
+        "sqnr_db": finite(comparison.sqnr_db),
+        "cosine": finite(comparison.cosine),
+        "top1_agreement": comparison.top1_agreement,
+        "non_finite": comparison.non_finite,
+    }
+
+
+def layer_passes(gate: Gate, relative_error: float | None, sqnr_db: float | None, non_finite: int) -> bool:
+    """Whether a layer is within the gate, by its figures as JSON, in which null stands for infinite."""
+    relative = math.inf if relative_error is None else relative_error
+    sqnr = math.inf if sqnr_db is None else sqnr_db
+    comparison = Comparison(relative, 0.0, 0.0, sqnr, 1.0, 1.0, (), 0, non_finite, 1)
+    return dataclasses.replace(gate, top1=False).failure(comparison) is None
+
+
+def finite(number: float) -> float | None:
+    """The number, or None where JSON has no such."""
+    return number if math.isfinite(number) else None
+
+
+def ran_on_gpu(exports: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any engine answered."""
+    return any(engine["answers"] is not None for export in exports for engine in export["engines"])
+
+
+def verdict_of(exports: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
+    """Whether nothing failed, and that in one line; without a GPU the line says so first."""
+    made = [check["passed"] for export in exports for check in (*export["findings"], *export["engines"])]
+    made += [False for export in exports if export["throughput_problem"] is not None]
+    held, failed = made.count(True), made.count(False)
+    left = f", {len(made) - held - failed} not run" if held + failed < len(made) else ""
+    said = f"{'FAIL' if failed else 'PASS'}: {held} of {held + failed} checks hold{left}"
+    return failed == 0, said if ran_on_gpu(exports) else f"{NO_GPU_RAN}; {said}"
+
+
+def digest_of(receipt: Mapping[str, Any]) -> str:
+    """SHA-256 of everything but the digest itself, however the file is laid out."""
+    rest = {name: value for name, value in receipt.items() if name != DIGEST}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()

@@ -1,0 +1,269 @@
+"""A receipt, read as strictly as it is written: every field is there, has its type, and nothing else is.
+
+Sizes are bounded before anything is unpacked. What only its author can know, such as a date, is taken as it stands;
+whether the figures follow from the raw data is what ``engines.replay`` asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import InputRejected, first_line
+from engines.fused_kernels import Work
+from engines.json_value import Malformed, Value, value_from_bytes
+from engines.layer_by_layer import Layer
+from engines.packing import unpacked_array
+from engines.parity import GATES
+from engines.receipt import FIGURES, SCHEMA
+from engines.receipt_figures import DIGEST
+
+LARGEST_RECEIPT = 1 << 28
+LARGEST_COUNT = 1 << 62
+_DATE = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\dZ", re.ASCII)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceivedEngine:
+    """An engine's answers, by output, and the ``figures`` that are said to follow from them.
+
+    ``answers`` is None where it was not run, and what its sidecar says is None where that could not be read.
+    """
+
+    file: str
+    precision: str | None
+    tolerance: float | None
+    sha256: Mapping[str, str] | None
+    sdk: Mapping[str, str] | None
+    answers: Mapping[str, NDArray[np.float32]] | None
+    figures: Mapping[str, Any]
+    layers: tuple[Layer, ...] | None
+    layers_problem: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceivedFile:
+    """A file as it was found and as it was listed, each (bytes, SHA-256); None where it was not."""
+
+    name: str
+    found: tuple[int, str] | None
+    listed: tuple[int, str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceivedExport:
+    """One directory. ``images`` are digests, ``reference`` the golden outputs by name; ``works`` are by file."""
+
+    files: tuple[ReceivedFile, ...]
+    findings: tuple[Mapping[str, Any], ...]
+    images: tuple[str, ...]
+    reference: Mapping[str, NDArray[np.float64]] | None
+    engines: tuple[ReceivedEngine, ...]
+    throughput: Value | None
+    throughput_problem: str | None
+    works: Mapping[str, tuple[Work, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceivedReceipt:
+    """A receipt; ``plain`` is all of it as plain values. ``peaks`` are the card's, None where they were not known."""
+
+    ran_on_gpu: bool
+    tool: str
+    date: str
+    compute_capability: int | None
+    machine: Mapping[str, Any]
+    versions: Mapping[str, str]
+    card: Value
+    exports: tuple[ReceivedExport, ...]
+    passed: bool
+    verdict: str
+    digest: str
+    plain: Mapping[str, Any]
+
+
+def receipt_from_file(path: pathlib.Path) -> ReceivedReceipt:
+    """Reads a receipt.
+
+    Raises:
+        InputRejected: it cannot be read, is too large, damaged, or no receipt.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_RECEIPT + 1)
+    except OSError as error:
+        raise InputRejected(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    if len(content) > LARGEST_RECEIPT:
+        raise InputRejected(f"{path}: larger than any receipt; give what python -m engines receipt wrote")
+    try:
+        return _receipt(value_from_bytes(content))
+    except Malformed as error:
+        raise InputRejected(
+            f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again"
+        ) from error
+
+
+def _receipt(value: Value) -> ReceivedReceipt:
+    schema = value.field("schema")
+    if schema.value != SCHEMA or isinstance(schema.value, bool):
+        raise schema.wrong(f"{SCHEMA}, the only schema that this version reads")
+    fields = value.fields(
+        "ran_on_gpu", "schema", "tool", "date", "machine", "versions", "card", "exports", "passed", "verdict", DIGEST
+    )
+    date = fields["date"].text()
+    if not _DATE.fullmatch(date):
+        raise fields["date"].wrong("a time in UTC such as 2026-01-31T12:00:00Z")
+    machine = fields["machine"].items()
+    capability = fields["machine"].field("compute_capability")
+    exports = fields["exports"].entries()
+    if not exports:
+        raise fields["exports"].wrong("one or more exports")
+    return ReceivedReceipt(
+        ran_on_gpu=fields["ran_on_gpu"].boolean(),
+        tool=fields["tool"].text(),
+        date=date,
+        compute_capability=None if capability.value is None else capability.whole_number(least=10),
+        machine={name: _told(entry) for name, entry in machine.items()},
+        versions={name: text.text() for name, text in fields["versions"].items().items()},
+        card=fields["card"],
+        exports=tuple(_export(export) for export in exports),
+        passed=fields["passed"].boolean(),
+        verdict=fields["verdict"].text(),
+        digest=fields[DIGEST].sha256(),
+        plain=value.value,
+    )
+
+
+def _told(value: Value) -> Any:
+    """A number, a text, or null."""
+    if value.value is None:
+        return None
+    return value.text() if isinstance(value.value, str) else value.number()
+
+
+def _export(value: Value) -> ReceivedExport:
+    fields = value.fields("files", "findings", "golden", "engines", "throughput", "throughput_problem", "works")
+    images, reference = _golden(fields["golden"])
+    engines = tuple(_engine(engine) for engine in fields["engines"].entries())
+    names = [engine.file for engine in engines]
+    if not names or len(set(names)) < len(names):
+        raise fields["engines"].wrong("one or more engines of different names")
+    throughput = fields["throughput"]
+    return ReceivedExport(
+        files=tuple(_file(file) for file in fields["files"].entries()),
+        findings=tuple(_finding(finding) for finding in fields["findings"].entries()),
+        images=images,
+        reference=reference,
+        engines=engines,
+        throughput=None if throughput.value is None else throughput,
+        throughput_problem=_optional_text(fields["throughput_problem"]),
+        works={name: tuple(map(_work, works.entries())) for name, works in fields["works"].items().items()},
+    )
+
+
+def _file(value: Value) -> ReceivedFile:
+    fields = value.fields("name", "bytes", "sha256", "listed")
+    missing = fields["bytes"].value is None and fields["sha256"].value is None
+    found = None if missing else (_count(fields["bytes"]), fields["sha256"].sha256())
+    listed = None
+    if fields["listed"].value is not None:
+        inner = fields["listed"].fields("bytes", "sha256")
+        listed = (_count(inner["bytes"]), inner["sha256"].sha256())
+    return ReceivedFile(fields["name"].file_name(), found, listed)
+
+
+def _count(value: Value) -> int:
+    number = value.value
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < LARGEST_COUNT:
+        raise value.wrong("a whole number of at least 0")
+    return number
+
+
+def _finding(value: Value) -> dict[str, Any]:
+    fields = value.fields("file", "check", "passed", "detail")
+    return {
+        "file": fields["file"].file_name(),
+        "check": fields["check"].text(),
+        "passed": _passed(fields["passed"]),
+        "detail": fields["detail"].text(),
+    }
+
+
+def _passed(value: Value) -> bool | None:
+    return None if value.value is None else value.boolean()
+
+
+def _optional_text(value: Value) -> str | None:
+    return None if value.value is None else value.text()
+
+
+def _golden(value: Value) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]] | None]:
+    if value.value is None:
+        return (), None
+    fields = value.fields("images", "outputs")
+    images = tuple(image.sha256() for image in fields["images"].entries())
+    outputs = {name: unpacked_array(output, "float64") for name, output in fields["outputs"].items().items()}
+    for name, output in outputs.items():
+        if len(output) != len(images) or output.ndim < 2 or not np.isfinite(output).all():
+            raise fields["outputs"].field(name).wrong(f"finite numbers for each of {len(images)} images")
+    if not outputs:
+        raise fields["outputs"].wrong("one or more outputs")
+    return images, outputs
+
+
+def _engine(value: Value) -> ReceivedEngine:
+    fields = value.fields(
+        "file", "precision", "tolerance", "sha256", "sdk", "answers", *FIGURES, "layers", "layers_problem"
+    )
+    from_sidecar = ("precision", "tolerance", "sha256", "sdk")
+    unknown = all(fields[name].value is None for name in from_sidecar)
+    answers = fields["answers"]
+    if unknown and answers.value is not None:
+        raise fields["precision"].wrong("what its sidecar says, since it was run")
+    return ReceivedEngine(
+        file=fields["file"].file_name(),
+        precision=None if unknown else fields["precision"].one_of(tuple(GATES)),
+        tolerance=None if unknown else fields["tolerance"].number(above=0),
+        sha256=None if unknown else _texts(fields["sha256"], ("checkpoint", "onnx", "engine"), Value.sha256),
+        sdk=None if unknown else _texts(fields["sdk"], ("name", "version"), Value.text),
+        answers=None
+        if answers.value is None
+        else {name: unpacked_array(answer, "float32") for name, answer in answers.items().items()},
+        figures={name: _figure(name, fields[name]) for name in FIGURES},
+        layers=None if fields["layers"].value is None else tuple(map(_layer, fields["layers"].entries())),
+        layers_problem=_optional_text(fields["layers_problem"]),
+    )
+
+
+def _texts(value: Value, names: tuple[str, ...], read: Any) -> dict[str, str]:
+    return {name: read(text) for name, text in value.fields(*names).items()}
+
+
+def _figure(name: str, value: Value) -> Any:
+    if value.value is None:
+        return None
+    readers = {"passed": Value.boolean, "detail": Value.text, "non_finite": _count}
+    return readers.get(name, Value.number)(value)
+
+
+def _layer(value: Value) -> Layer:
+    fields = value.fields(*(field.name for field in dataclasses.fields(Layer)))
+    figures = [fields[name] for name in ("relative_error", "sqnr_db")]
+    relative, sqnr = (np.inf if figure.value is None else figure.number() for figure in figures)
+    return Layer(fields["name"].text(), relative, sqnr, _count(fields["non_finite"]), passed=fields["passed"].boolean())
+
+
+def _work(value: Value) -> Work:
+    fields = value.fields(*(field.name for field in dataclasses.fields(Work)))
+    counts = ("operations", "read_bytes", "written_bytes", "weight_bytes")
+    return Work(
+        name=fields["name"].text(),
+        dtype=fields["dtype"].one_of(tuple(GATES)),
+        **{name: _count(fields[name]) for name in counts},
+    )

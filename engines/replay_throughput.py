@@ -1,0 +1,245 @@
+"""A benchmark's record made again from its raw data, and held against the one that is written.
+
+Raw are the queries and seconds of each slice, every latency and its parts, and what each kernel computes and moves.
+From them follow rates, percentiles, intervals, windows, whether they settled, speed-ups, and how near the card's bound a
+row comes. What was told once and follows from nothing else is named in TOLD: it is taken as it stands.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bench.cautions import warnings_of_row
+from engines.bench.contenders import Parity
+from engines.bench.options import Setting
+from engines.bench.record import Bound, FileRow, Record, Row
+from engines.bench.rounds import MOST_WINDOWS, WINDOWS, Measurement
+from engines.bench.speed_ups import with_speed_ups
+from engines.bench.statistics import PERCENTILES, Estimate, Slices, latency_percentile, queries_per_second, variation
+from engines.bench.workload import Workload
+from engines.cards import Card
+from engines.fused_kernels import Work
+from engines.json_value import Value
+from engines.receipt_file import ReceivedExport
+from engines.roofline import PeakUnknown, bound_of
+from engines.timing import COMPUTE, D2H, H2D
+
+TOLD = ("machine", "versions", "settings", "warnings", "tool", "load_seconds", "first_seconds", "telemetry")
+"""Fields of a record that nothing else in a receipt depends on."""
+
+RELATIVE_TOLERANCE = 1e-9
+MOST_QUERIES, MOST_ROUNDS = 1 << 24, 1 << 20
+NANOSECONDS, MILLISECONDS = 1e9, 1e3
+RECORD_FIELDS = ("schema", "tool", "machine", "versions", "settings", "files", "rows", "warnings", "verdict")
+ROW_FACTS = ("file", "batch", "way", "first_seconds", "telemetry", "raw")
+
+
+def differences(written: Any, again: Any, place: str) -> Iterator[str]:
+    """Where two JSON values differ, as in ``rows[0].queries: 12 is written, and 13 follows``; numbers to 1e-9."""
+    if isinstance(written, dict) and isinstance(again, dict):
+        for name in dict.fromkeys((*again, *written)):
+            inner = f"{place}.{name}" if place else str(name)
+            if name not in written or name not in again:
+                yield f"{inner}: {'is missing' if name in again else 'does not belong here'}"
+            else:
+                yield from differences(written[name], again[name], inner)
+    elif isinstance(written, list) and isinstance(again, list) and len(written) == len(again):
+        for index, (one, other) in enumerate(zip(written, again, strict=True)):
+            yield from differences(one, other, f"{place}[{index}]")
+    elif not _same(written, again):
+        yield f"{place}: {_shown(written)} is written, and {_shown(again)} follows from the raw data"
+
+
+def _same(written: Any, again: Any) -> bool:
+    numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (written, again)]
+    if all(numbers):
+        return bool(abs(written - again) <= RELATIVE_TOLERANCE * max(abs(written), abs(again)))
+    return type(written) is type(again) and bool(written == again)
+
+
+def _shown(value: Any) -> str:
+    text = str(value) if isinstance(value, int | float | str) else "null" if value is None else "something else"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def record_problems(export: ReceivedExport, card: Card | None) -> Iterator[str]:
+    """Where the record of an export differs from what its raw data give.
+
+    Raises:
+        Malformed: it is no record, or its raw data are damaged.
+    """
+    if export.throughput is None:
+        return
+    fields = export.throughput.fields(*RECORD_FIELDS)
+    files = [_file_row(file) for file in fields["files"].entries()]
+    rows = [_row_again(row, export.works, card) for row in fields["rows"].entries()]
+    if not files or not rows:
+        raise fields["rows"].wrong("one or more rows of one or more files")
+    counted = [
+        dataclasses.replace(file, operations_per_image=_workload(export.works, file.file).operations_per_image)
+        for file in files
+    ]
+    again = Record(
+        machine=fields["machine"].items(),
+        versions={},
+        settings=tuple(_setting(setting) for setting in fields["settings"].entries()),
+        files=tuple(counted),
+        rows=tuple(with_speed_ups(rows, files)),
+        warnings=tuple(warning.text() for warning in fields["warnings"].entries()),
+    )
+    made = again.to_value(raw=False)
+    for name in ("schema", "files", "verdict"):
+        yield from differences(fields[name].value, made[name], name)
+    for index, (written, row) in enumerate(zip(fields["rows"].value, made["rows"], strict=True)):
+        plain = {name: value for name, value in written.items() if name != "raw"}
+        yield from differences(plain, row, f"rows[{index}]")
+    for row in again.rows:
+        yield from (
+            f"warnings: it is not said that {warning}"
+            for warning in warnings_of_row(row)
+            if warning not in again.warnings
+        )
+    yield from _file_problems(files, export)
+
+
+def _file_problems(files: Sequence[FileRow], export: ReceivedExport) -> Iterator[str]:
+    """What was measured must be the engines that answered, and none of them have passed that did not."""
+    engines = {engine.file: engine for engine in export.engines}
+    found = {file.name: file.found for file in export.files}
+    for file in files:
+        engine = engines.get(file.file)
+        if engine is None or engine.answers is None or engine.sdk is None:
+            yield f"{file.file}: was measured, and is no engine that answered"
+        elif (file.precision, file.kind) != (engine.precision, engine.sdk["name"]):
+            yield f"{file.file}: measured as {file.precision} of {file.kind}, which its sidecar does not say"
+        elif found.get(file.file) != (file.bytes, file.sha256):
+            yield f"{file.file}: the file that was measured is not the one that was hashed"
+        elif file.parity.passed and not engine.figures["passed"]:
+            yield f"{file.file}: passed while it was measured, and its answers do not"
+
+
+def _file_row(value: Value) -> FileRow:
+    fields = value.fields(*(field.name for field in dataclasses.fields(FileRow)))
+    parity = fields["parity"].fields("passed", "detail")
+    passed = parity["passed"]
+    operations, size = fields["operations_per_image"].value, fields["bytes"].value
+    return FileRow(
+        file=fields["file"].file_name(),
+        sha256=fields["sha256"].sha256(),
+        bytes=size,
+        precision=fields["precision"].text(),
+        kind=fields["kind"].text(),
+        load_seconds=fields["load_seconds"].number(),
+        parity=Parity(None if passed.value is None else passed.boolean(), parity["detail"].text()),
+        operations_per_image=operations,
+    )
+
+
+def _setting(value: Value) -> Setting:
+    fields = value.fields("name", "value", "source")
+    return Setting(**{name: field.text() for name, field in fields.items()})
+
+
+def _workload(works: Mapping[str, tuple[Work, ...]], file: str) -> Workload:
+    return Workload(works[file]) if file in works else Workload((), "not counted")
+
+
+def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card | None) -> Row:
+    """The row that its facts give, still without a speed-up."""
+    facts = {name: value.field(name) for name in ROW_FACTS}
+    file, batch = facts["file"].file_name(), facts["batch"].whole_number(least=1)
+    measurement = _measurement(facts["raw"])
+    counted, load = measurement.counted, _workload(works, file)
+    rate = queries_per_second(counted)
+    medians = {part: float(np.median(measurement.counted_part(part))) for part in measurement.parts}
+    steady = measurement.counted_part(COMPUTE) if COMPUTE in measurement.parts else counted.latencies
+    percentiles = {percent: latency_percentile(counted, percent) for percent in PERCENTILES}
+    telemetry = facts["telemetry"]
+    return Row(
+        file=file,
+        batch=batch,
+        way=facts["way"].text(),
+        first_seconds=facts["first_seconds"].number(),
+        queries=counted.queries,
+        images_per_second=_times(rate, batch),
+        queries_per_second=rate,
+        latency_ms={
+            percent: None if found is None else _times(found, MILLISECONDS) for percent, found in percentiles.items()
+        },
+        parts_ms={part: median * MILLISECONDS for part, median in medians.items()},
+        variation=variation(steady),
+        windows=tuple(batch * rate for rate in measurement.windows),
+        settled=measurement.settled,
+        speedup=None,
+        against=None,
+        no_speedup=None,
+        bytes_per_image=load.bytes_per_image(batch),
+        bound=None if card is None else _bound(card, load, batch, rate.value, medians),
+        telemetry=None if telemetry.value is None else _telemetry(telemetry),
+        measurement=measurement,
+    )
+
+
+def _telemetry(value: Value) -> dict[str, Any]:
+    """Told by the card; only the energy of an image follows from other numbers, if they are there."""
+    told = {name: item.value for name, item in value.items().items()}
+    joules, images = told.get("joules"), told.get("images")
+    if isinstance(joules, int | float) and isinstance(images, int) and images > 0:
+        told["joules_per_image"] = joules / images
+    return told
+
+
+def _bound(card: Card, load: Workload, batch: int, rate: float, medians: Mapping[str, float]) -> Bound | None:
+    if load.problem is not None:
+        return None
+    try:
+        least = bound_of(load.works, card, batch)
+    except PeakUnknown:
+        return None
+    copying = medians.get(H2D, 0.0) + medians.get(D2H, 0.0)
+    binds = "transfers" if copying > medians.get(COMPUTE, np.inf) else least.binds
+    return Bound(card.title, least.seconds * MILLISECONDS, binds, 100 * least.seconds * rate)
+
+
+def _times(estimate: Estimate, factor: float) -> Estimate:
+    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor)
+
+
+def _measurement(value: Value) -> Measurement:
+    """The raw data of a row, unpacked within bounds."""
+    fields = value.fields("rounds", "walls", "rounds_per_window", "latencies", "parts")
+    counts = np.array(fields["rounds"].whole_numbers(least=1), np.int64)
+    walls = np.array(fields["walls"].numbers(len(counts), above=0), np.float64)
+    per_window = fields["rounds_per_window"].whole_number(least=1)
+    windows, rest = divmod(len(counts), per_window)
+    if rest or not WINDOWS <= windows <= MOST_WINDOWS or len(counts) > MOST_ROUNDS or counts.sum() > MOST_QUERIES:
+        raise fields["rounds"].wrong(f"queries of each round of {WINDOWS} to {MOST_WINDOWS} whole windows")
+    total = int(counts.sum())
+    parts = {name: _seconds(part, total) for name, part in fields["parts"].items().items()}
+    if parts.keys() - {H2D, COMPUTE, D2H}:
+        raise fields["parts"].wrong(f"{H2D}, {COMPUTE} and {D2H}")
+    return Measurement(Slices(counts, walls, _seconds(fields["latencies"], total)), parts, per_window)
+
+
+def _seconds(value: Value, count: int) -> NDArray[np.float64]:
+    """``count`` times, from nanoseconds in eight bytes each, deflated, in base64; no more is ever unpacked."""
+    inflater, size = zlib.decompressobj(), 8 * count
+    try:
+        if not isinstance(value.value, str):
+            raise value.wrong("base64")
+        content = inflater.decompress(base64.b64decode(value.value, validate=True), size + 1)
+    except (zlib.error, ValueError) as error:  # binascii's own is a ValueError
+        raise value.wrong("deflated numbers in base64") from error
+    if len(content) != size or not inflater.eof or inflater.unused_data:
+        raise value.wrong(f"{count} deflated numbers in base64")
+    seconds = np.frombuffer(content, "<u8") / NANOSECONDS
+    if not (seconds > 0).all() or seconds.max() > MOST_QUERIES:
+        raise value.wrong("times above 0")
+    return np.asarray(seconds, np.float64)
