@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.runner_overhead import MICROSECONDS, count_from_text, machine_line, microseconds_per_call
-from engines.backends.backend import Arrays
+from engines.backends.backend import Arrays, TensorDescription
 from engines.backends.onnx_runtime import OnnxRuntime
 from engines.bench.contenders import HostQueries
 from engines.timing import Queries
@@ -77,8 +77,9 @@ class Overhead:
 class BusyWait:
     """A backend that computes nothing for an exact time."""
 
-    inputs = outputs = ()
-    batch = (1, None)
+    inputs: tuple[TensorDescription, ...] = ()
+    outputs: tuple[TensorDescription, ...] = ()
+    batch: tuple[int, int | None] = (1, None)
 
     def __init__(self, microseconds: float) -> None:
         self._seconds = microseconds / MICROSECONDS

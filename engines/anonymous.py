@@ -30,11 +30,18 @@ def without_directories(text: str, folders: Iterable[pathlib.Path] = ()) -> str:
     relative = {str(folder) for folder in folders if not folder.is_absolute()} - {HERE}
     absolute = {str(form) for folder in folders for form in (folder.absolute(), folder.resolve())}
     absolute |= {str(pathlib.Path.home()), str(pathlib.Path.cwd()), tempfile.gettempdir()} - {"/"}
+    absolute |= {_inside_quotes(folder) for folder in absolute}
+    relative |= {_inside_quotes(folder) for folder in relative}
     for folder in sorted(relative | absolute, key=len, reverse=True):
         text = re.sub(f"{_BEFORE}{re.escape(folder)}/", "", text)
         if folder in absolute:
             text = re.sub(rf"{_BEFORE}{re.escape(folder)}(?![\w-])", HERE, text)
     return _ABSOLUTE.sub("", text)
+
+
+def _inside_quotes(text: str) -> str:
+    """As ``shlex.quote`` writes it in a command."""
+    return text.replace("'", "'\"'\"'")
 
 
 def anonymous(value: Any, folders: Iterable[pathlib.Path] = (), *, kept: frozenset[str] = frozenset()) -> Any:

@@ -49,7 +49,10 @@ LARGEST_COUNT = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class GoldenFile:
-    """``images`` (n, C, H, W), and ``outputs`` (n, ...) by name in the graph's order, all float32; ``gates`` by precision."""
+    """``images`` (n, C, H, W) and ``outputs`` (n, ...) by name, in the graph's order, all float32.
+
+    ``outputs`` are those of the network in float64, rounded; ``gates`` are by precision.
+    """
 
     images: NDArray[np.float32]
     outputs: Mapping[str, NDArray[np.float32]]

@@ -14,9 +14,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import importlib.metadata
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,7 @@ from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.packing import packed_array
 from engines.parity import GATES
 from engines.receipt_figures import DIGEST, digest_of, figures_of_judgement, finite, ran_on_gpu, verdict_of
+from engines.receipt_machine import card_of, machine_of, versions_of
 from engines.report_file import REPORT_NAME, report_from_file
 from engines.runner import load
 from engines.sdk import gpu_compute_capability
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from engines.bench import Options
 
 SCHEMA = 1
-GPU_PACKAGES = ("cuda-bindings", "nvidia-ml-py")
 FIGURES = ("passed", "detail", "relative_error", "sqnr_db", "cosine", "top1_agreement", "non_finite")
 """Of an engine, by ``engines.receipt_figures``."""
 
@@ -77,15 +76,16 @@ def receipt_from_folders(request: Request) -> dict[str, Any]:
             "give --allow-no-gpu for a receipt that says that none ran anything"
         )
     exports = [_export(folder, request, with_gpu=capability is not None) for folder in request.folders]
+    records = [export["throughput"] for export in exports if export["throughput"] is not None]
     passed, verdict = verdict_of(exports)
     receipt = {
         "ran_on_gpu": ran_on_gpu(exports),
         "schema": SCHEMA,
         "tool": VERSION,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": {"compute_capability": capability, **_machine(exports)},
-        "versions": _versions(exports),
-        "card": _card(exports),
+        "machine": {"compute_capability": capability, **machine_of(records)},
+        "versions": versions_of(records),
+        "card": card_of(records),
         "exports": exports,
         "passed": passed,
         "verdict": verdict,
@@ -236,38 +236,5 @@ def _works(engines: Sequence[pathlib.Path]) -> dict[str, Any]:
         try:
             found[path.name] = [dataclasses.asdict(work) for work in works_of_file(path)]
         except ReportedError:
-            continue
-    return found
-
-
-def _machine(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As the first benchmark says, which knows the GPU; else what is known without one."""
-    from engines.bench.machine import machine
-
-    records = [export["throughput"]["machine"] for export in exports if export["throughput"] is not None]
-    return anonymous(records[0] if records else machine(None))
-
-
-def _card(exports: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The peaks that the roofline was made of; None where the card's are not known."""
-    from engines.cards import CARDS
-
-    keys = {export["throughput"]["machine"]["card"] for export in exports if export["throughput"] is not None}
-    card = next((card for card in CARDS if card.key in keys), None)
-    if card is None:
-        return None
-    names = ("key", "title", "compute_capability", "operations_per_second", "bytes_per_second")
-    return {name: getattr(card, name) for name in names}
-
-
-def _versions(exports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    from engines.bench.machine import versions
-
-    records = [export["throughput"]["versions"] for export in exports if export["throughput"] is not None]
-    found: dict[str, str] = dict(records[0] if records else versions(None))
-    for name in GPU_PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
             continue
     return found

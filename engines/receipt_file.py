@@ -22,7 +22,7 @@ from engines.layer_by_layer import Layer
 from engines.packing import unpacked_array
 from engines.parity import GATES
 from engines.receipt import FIGURES, SCHEMA
-from engines.receipt_figures import DIGEST
+from engines.receipt_figures import DIGEST, digest_of
 
 LARGEST_RECEIPT = 1 << 28
 LARGEST_COUNT = 1 << 62
@@ -72,7 +72,10 @@ class ReceivedExport:
 
 @dataclasses.dataclass(frozen=True)
 class ReceivedReceipt:
-    """A receipt; ``plain`` is all of it as plain values. ``peaks`` are the card's, None where they were not known."""
+    """A receipt; ``plain`` is all of it as plain values, and ``digest_again`` their digest, which ``digest`` should be.
+
+    ``card`` are the peaks that the roofline was made of, or null.
+    """
 
     ran_on_gpu: bool
     tool: str
@@ -85,6 +88,7 @@ class ReceivedReceipt:
     passed: bool
     verdict: str
     digest: str
+    digest_again: str
     plain: Mapping[str, Any]
 
 
@@ -103,7 +107,7 @@ def receipt_from_file(path: pathlib.Path) -> ReceivedReceipt:
         raise InputRejected(f"{path}: larger than any receipt; give what python -m engines receipt wrote")
     try:
         return _receipt(value_from_bytes(content))
-    except Malformed as error:
+    except (Malformed, RecursionError) as error:
         raise InputRejected(
             f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again"
         ) from error
@@ -136,6 +140,7 @@ def _receipt(value: Value) -> ReceivedReceipt:
         passed=fields["passed"].boolean(),
         verdict=fields["verdict"].text(),
         digest=fields[DIGEST].sha256(),
+        digest_again=digest_of(value.value),
         plain=value.value,
     )
 

@@ -6,9 +6,26 @@ import contextlib
 import errno
 import os
 import pathlib
+import tempfile
 from collections.abc import Mapping
 
-from engines.files import reported_write_errors
+from engines.files import reported_write_errors, write_whole
+
+
+def write_together(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files into ``folder``, by name; all of them, or none.
+
+    Raises:
+        OutputFailed: one of them cannot be written.
+    """
+    with contextlib.ExitStack() as resources:
+        with reported_write_errors(folder):
+            made = pathlib.Path(resources.enter_context(tempfile.TemporaryDirectory(dir=folder, prefix=".writing-")))
+            earlier = made / "earlier"
+            earlier.mkdir()
+        for name, content in contents.items():
+            write_whole(made / name, content)
+        replace_together({made / name: folder / name for name in contents}, earlier)
 
 
 def replace_together(moves: Mapping[pathlib.Path, pathlib.Path], earlier: pathlib.Path) -> None:

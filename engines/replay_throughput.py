@@ -1,15 +1,14 @@
 """A benchmark's record made again from its raw data, and held against the one that is written.
 
 Raw are the queries and seconds of each slice, every latency and its parts, and what each kernel computes and moves.
-From them follow rates, percentiles, intervals, windows, whether they settled, speed-ups, and how near the card's bound a
-row comes. What was told once and follows from nothing else is named in TOLD: it is taken as it stands.
+From them follow rates, percentiles, intervals, windows, whether they settled, speed-ups, and how near a row comes to
+the card's bound. What was told once and follows from nothing else is named in TOLD: it is taken as it stands.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import zlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from engines.bench.cautions import warnings_of_row
 from engines.bench.contenders import Parity
 from engines.bench.options import Setting
-from engines.bench.record import Bound, FileRow, Record, Row
+from engines.bench.record import Bound, FileRow, Record, Row, unpacked
 from engines.bench.rounds import MOST_WINDOWS, WINDOWS, Measurement
 from engines.bench.speed_ups import with_speed_ups
 from engines.bench.statistics import PERCENTILES, Estimate, Slices, latency_percentile, queries_per_second, variation
@@ -36,7 +35,11 @@ TOLD = ("machine", "versions", "settings", "warnings", "tool", "load_seconds", "
 
 RELATIVE_TOLERANCE = 1e-9
 MOST_QUERIES, MOST_ROUNDS = 1 << 24, 1 << 20
-NANOSECONDS, MILLISECONDS = 1e9, 1e3
+LARGEST_NUMBER = 1 << 1000
+"""Beyond it an integer of JSON is no float."""
+MILLISECONDS = 1e3
+SHORTEST, LONGEST = 1e-9, 1e6
+"""Seconds of a slice, far beyond what any takes."""
 RECORD_FIELDS = ("schema", "tool", "machine", "versions", "settings", "files", "rows", "warnings", "verdict")
 ROW_FACTS = ("file", "batch", "way", "first_seconds", "telemetry", "raw")
 
@@ -59,8 +62,8 @@ def differences(written: Any, again: Any, place: str) -> Iterator[str]:
 
 def _same(written: Any, again: Any) -> bool:
     numbers = [isinstance(value, int | float) and not isinstance(value, bool) for value in (written, again)]
-    if all(numbers):
-        return bool(abs(written - again) <= RELATIVE_TOLERANCE * max(abs(written), abs(again)))
+    if all(numbers) and all(abs(value) < LARGEST_NUMBER for value in (written, again)):
+        return math.isclose(written, again, rel_tol=RELATIVE_TOLERANCE)
     return type(written) is type(again) and bool(written == again)
 
 
@@ -80,8 +83,11 @@ def record_problems(export: ReceivedExport, card: Card | None) -> Iterator[str]:
     fields = export.throughput.fields(*RECORD_FIELDS)
     files = [_file_row(file) for file in fields["files"].entries()]
     rows = [_row_again(row, export.works, card) for row in fields["rows"].entries()]
-    if not files or not rows:
-        raise fields["rows"].wrong("one or more rows of one or more files")
+    measured = [(row.file, row.batch, row.way) for row in rows]
+    if not rows or len(set(measured)) < len(rows) or not {row.file for row in rows} <= {file.file for file in files}:
+        raise fields["rows"].wrong("one or more rows of the files, each of another file, batch or way")
+    if len({(row.batch, len(row.measurement.slices.counts)) for row in rows}) > len({row.batch for row in rows}):
+        raise fields["rows"].wrong("as many rounds in each row of a batch")
     counted = [
         dataclasses.replace(file, operations_per_image=_workload(export.works, file.file).operations_per_image)
         for file in files
@@ -189,11 +195,18 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
 
 def _telemetry(value: Value) -> dict[str, Any]:
     """Told by the card; only the energy of an image follows from other numbers, if they are there."""
-    told = {name: item.value for name, item in value.items().items()}
+    told = {name: _told(item) for name, item in value.items().items()}
     joules, images = told.get("joules"), told.get("images")
-    if isinstance(joules, int | float) and isinstance(images, int) and images > 0:
+    if isinstance(joules, float) and isinstance(images, float) and images > 0:
         told["joules_per_image"] = joules / images
     return told
+
+
+def _told(value: Value) -> Any:
+    """A number, a list of texts, or null."""
+    if value.value is None:
+        return None
+    return [text.text() for text in value.entries()] if isinstance(value.value, list) else value.number()
 
 
 def _bound(card: Card, load: Workload, batch: int, rate: float, medians: Mapping[str, float]) -> Bound | None:
@@ -216,30 +229,30 @@ def _measurement(value: Value) -> Measurement:
     """The raw data of a row, unpacked within bounds."""
     fields = value.fields("rounds", "walls", "rounds_per_window", "latencies", "parts")
     counts = np.array(fields["rounds"].whole_numbers(least=1), np.int64)
-    walls = np.array(fields["walls"].numbers(len(counts), above=0), np.float64)
+    walls = np.array(fields["walls"].numbers(len(counts)), np.float64)
     per_window = fields["rounds_per_window"].whole_number(least=1)
     windows, rest = divmod(len(counts), per_window)
     if rest or not WINDOWS <= windows <= MOST_WINDOWS or len(counts) > MOST_ROUNDS or counts.sum() > MOST_QUERIES:
         raise fields["rounds"].wrong(f"queries of each round of {WINDOWS} to {MOST_WINDOWS} whole windows")
+    if not ((walls >= SHORTEST) & (walls <= LONGEST)).all():
+        raise fields["walls"].wrong(f"seconds from {SHORTEST:g} to {LONGEST:g}")
     total = int(counts.sum())
     parts = {name: _seconds(part, total) for name, part in fields["parts"].items().items()}
     if parts.keys() - {H2D, COMPUTE, D2H}:
         raise fields["parts"].wrong(f"{H2D}, {COMPUTE} and {D2H}")
-    return Measurement(Slices(counts, walls, _seconds(fields["latencies"], total)), parts, per_window)
+    latencies = _seconds(fields["latencies"], total)
+    measurement = Measurement(Slices(counts, walls, latencies), parts, per_window)
+    steady = measurement.counted_part(COMPUTE) if COMPUTE in parts else measurement.counted.latencies
+    if not steady.any():
+        raise fields["latencies"].wrong("times above 0")
+    return measurement
 
 
 def _seconds(value: Value, count: int) -> NDArray[np.float64]:
-    """``count`` times, from nanoseconds in eight bytes each, deflated, in base64; no more is ever unpacked."""
-    inflater, size = zlib.decompressobj(), 8 * count
+    """``count`` times; no more than that is ever unpacked."""
+    if not isinstance(value.value, str):
+        raise value.wrong("times in base64")
     try:
-        if not isinstance(value.value, str):
-            raise value.wrong("base64")
-        content = inflater.decompress(base64.b64decode(value.value, validate=True), size + 1)
-    except (zlib.error, ValueError) as error:  # binascii's own is a ValueError
-        raise value.wrong("deflated numbers in base64") from error
-    if len(content) != size or not inflater.eof or inflater.unused_data:
-        raise value.wrong(f"{count} deflated numbers in base64")
-    seconds = np.frombuffer(content, "<u8") / NANOSECONDS
-    if not (seconds > 0).all() or seconds.max() > MOST_QUERIES:
-        raise value.wrong("times above 0")
-    return np.asarray(seconds, np.float64)
+        return unpacked(value.value, count)
+    except ValueError as error:
+        raise value.wrong(f"{count} times, deflated, in base64") from error

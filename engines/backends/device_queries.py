@@ -50,7 +50,11 @@ class Turns:
 
 
 class DeviceQueries:
-    """See ``engines.timing.Queries``. ``graphed`` says whether the engine is launched as a CUDA graph."""
+    """See ``engines.timing.Queries``. ``graphed`` says whether the engine is launched as a CUDA graph.
+
+    ``first_seconds`` is what the first run took on the host's clock, with the making of its context, in which an SDK
+    may compile kernels, and of its memory. An engine's later queries of the same shape find the kernels made.
+    """
 
     def __init__(
         self,
@@ -85,7 +89,9 @@ class DeviceQueries:
         self._closed = False
         resources.callback(self._forget)
         try:
+            started = clock()
             self._take(feeds)
+            self.first_seconds = clock() - started
             self._steps = self._prepared(graph=graph, transfers=transfers)
             self._names = (H2D, COMPUTE, D2H) if transfers else (COMPUTE,)
             self._marks = tuple(self._events(len(self._steps) + 1) for _ in range(IN_FLIGHT + 1))

@@ -103,7 +103,7 @@ def bench(
             rows=tuple(with_speed_ups(rows, files)),
             warnings=(
                 *warnings_of_files(contenders, names, options, loads),
-                *([f"no bounds, clocks or energy: {device.problem}"] if device and device.problem else []),
+                *([device.problem] if device is not None and device.problem is not None else []),
                 *warnings_of_left_out(contenders, names, rows),
                 *(warning for row in rows for warning in warnings_of_row(row)),
             ),
@@ -191,7 +191,7 @@ def _lane(
     if way.graph and not getattr(queries, "graphed", True):
         return None
     queries.run(1)
-    return _Lane(contender, way, queries, golden_rows, clock() - started)
+    return _Lane(contender, way, queries, golden_rows, getattr(queries, "first_seconds", clock() - started))
 
 
 def _row(

@@ -1,7 +1,8 @@
 """The GPU under a benchmark: which card it is, what its peaks are, and what it draws while it works.
 
 Energy is measured apart from time, since cards count it in steps of tens of milliseconds: a row is computed without a
-pause for a while, and the whole card's energy in that while is divided by the images. Idle draw is part of it.
+pause for a while, and the whole card's energy in that while is divided by the images. Idle draw is part of it. Clocks
+and heat are asked for between slices of that while.
 """
 
 from __future__ import annotations
@@ -55,13 +56,15 @@ class Device:
             done += count
             samples.append(self.nvml.sample())
         seconds, after = clock() - started, self.nvml.energy_joules()
-        joules = None if energy is None or after is None else (after - energy) / (done * batch)
+        used = None if energy is None or after is None else after - energy
+        told = _summary(samples)
         return {
             "seconds": seconds,
             "images": done * batch,
-            "joules_per_image": joules,
+            "joules_per_image": None if used is None else used / (done * batch),
             "maximum_sm_clock_mhz": self.maximum_sm_clock_mhz,
-            **_summary(samples),
+            **told,
+            "power_w": told["power_w"] if used is None else used / seconds,
         }
 
 
@@ -80,11 +83,11 @@ def device_of(contenders: Sequence[Contender], options: Options, resources: cont
         return None
     nvml = Nvml.open(options.device)
     if isinstance(nvml, Unavailable):
-        return Device(None, None, None, None, None, nvml.reason)
+        return Device(None, None, None, None, None, f"no bounds, clocks or energy: {nvml.reason}")
     resources.callback(nvml.close)
     told = nvml.description()
     card = None if told.name is None else card_of_device(told.name)
-    problem = None if card is not None else f"the peaks of {told.name or 'this GPU'} are not known"
+    problem = None if card is not None else f"no bounds: the peaks of {told.name or 'this GPU'} are not known"
     return Device(told.name, told.driver, told.maximum_sm_clock_mhz, card, nvml, problem)
 
 

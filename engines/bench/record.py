@@ -18,7 +18,7 @@ from engines.bench.statistics import Estimate
 from engines.version import VERSION
 
 SCHEMA = 1
-BENCH_NAME = "bench.json"
+BENCH_NAME, PLOT_NAME = "bench.json", "bench.svg"
 NANOSECONDS = 1e9
 
 
@@ -95,6 +95,8 @@ class Record:
         """In one line."""
         judged = [file for file in self.files if file.parity.passed is not None]
         held = sum(file.parity.passed is True for file in judged)
+        if not judged:
+            return f"NOT CHECKED: none of {len(self.files)} files was held to golden vectors"
         left = f", {len(self.files) - len(judged)} not checked" if len(judged) < len(self.files) else ""
         word = "PASS" if held == len(judged) else "FAIL"
         return f"{word}: {held} of {len(judged)} files computed their golden vectors while they were timed{left}"

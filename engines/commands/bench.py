@@ -8,12 +8,13 @@ import sys
 from typing import TYPE_CHECKING
 
 from engines.arguments import integers_from_text
-from engines.errors import UsageError, VerificationFailed
+from engines.errors import OutputFailed, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
     from engines.bench import Options, Record
 
 NAME = "bench"
+REPORT_TEXT_NAME = "report.md"
 HELP = "measure files side by side: throughput, latencies, speed-ups, and how near they come to the card's bound"
 
 
@@ -101,20 +102,20 @@ def written_report(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
         OutputFailed: something cannot be written.
     """
     from engines.bench.markdown import markdown_from_record, report_with_section
-    from engines.bench.plot import PLOT_NAME, svg_from_record
-    from engines.bench.record import BENCH_NAME
-    from engines.files import write_whole
+    from engines.bench.plot import svg_from_record
+    from engines.bench.record import BENCH_NAME, PLOT_NAME
+    from engines.replacement import write_together
 
     value = record.to_value()
-    plot = svg_from_record(value)
-    report = folder / "report.md"
+    report = folder / REPORT_TEXT_NAME
     before = report.read_text(encoding="utf-8") if report.is_file() else ""
-    section = report_with_section(before, markdown_from_record(value, PLOT_NAME))
-    written = {
-        folder / BENCH_NAME: record.to_json(raw=True).encode(),
-        folder / PLOT_NAME: plot,
-        report: section.encode(),
+    contents = {
+        BENCH_NAME: record.to_json(raw=True).encode(),
+        PLOT_NAME: svg_from_record(value),
+        REPORT_TEXT_NAME: report_with_section(before, markdown_from_record(value, PLOT_NAME)).encode(),
     }
-    for path, content in written.items():
-        write_whole(path, content)
-    return list(written)
+    try:
+        write_together(folder, contents)
+    except OutputFailed as error:
+        raise OutputFailed(str(error).replace("--out", "--report")) from error
+    return [folder / name for name in contents]

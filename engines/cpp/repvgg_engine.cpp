@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -423,10 +424,20 @@ std::uint32_t JsonReader::read_hexadecimal() {
 // The number that a text is, whatever the locale; NaN where it is none.
 double number_from_text(const std::string& text) {
     std::istringstream stream(text);
+    stream.exceptions(std::ios::badbit);  // else memory that does not suffice would look like a text that is no number
     stream.imbue(std::locale::classic());
     double number = 0;
     if (!(stream >> number) || stream.peek() != std::istringstream::traits_type::eof()) return std::nan("");
     return number;
+}
+
+std::vector<std::string> split(const std::string& text, char separator) {
+    std::vector<std::string> parts;
+    for (std::size_t start = 0, end = 0; end != std::string::npos; start = end + 1) {
+        end = text.find(separator, start);
+        parts.push_back(text.substr(start, end - start));
+    }
+    return parts;
 }
 
 bool is_plain(const std::string& text) {
@@ -565,14 +576,12 @@ bool is_word_letter(char letter) { return is_letter(letter) || is_digit(letter) 
 
 // As in 1.7.1.116 or 10.13.3.9.post1.
 bool is_version(const std::string& text) {
-    std::istringstream parts(text + ".");
-    std::string part;
-    int count = 0;
-    for (; std::getline(parts, part, '.'); ++count) {
-        const auto fits = count == 0 ? is_digit : is_word_letter;
+    const std::vector<std::string> parts = split(text, '.');
+    for (const std::string& part : parts) {
+        const auto fits = &part == &parts[0] ? is_digit : is_word_letter;
         if (part.empty() || !std::all_of(part.begin(), part.end(), fits)) return false;
     }
-    return count > 1;
+    return parts.size() > 1;
 }
 
 // A size, or the name of one that is free.
@@ -637,10 +646,8 @@ struct Preprocessing {
 
 // Whether a text of comma-separated numbers, as the exporter's flags have them, says these.
 bool says_numbers(const std::string& text, const std::vector<double>& numbers) {
-    std::istringstream parts(text + ",");
-    std::string part;
     std::vector<double> said;
-    while (std::getline(parts, part, ',')) said.push_back(number_from_text(part));
+    for (const std::string& part : split(text, ',')) said.push_back(number_from_text(part));
     return said == numbers;
 }
 
@@ -973,8 +980,9 @@ std::size_t bytes_of(const std::vector<int>& shape) {
 }
 
 std::vector<int> shape_of(const nvinfer1::Dims& dims) {
+    answered(dims.nbDims >= 0, "asking for a shape");
     std::vector<int> shape;
-    for (int i = 0; i < std::clamp<int>(dims.nbDims, 0, nvinfer1::Dims::MAX_DIMS); ++i) {
+    for (int i = 0; i < std::min<int>(dims.nbDims, nvinfer1::Dims::MAX_DIMS); ++i) {
         const auto extent = std::clamp<std::int64_t>(dims.d[i], kFree, std::numeric_limits<int>::max());
         shape.push_back(static_cast<int>(extent));
     }
@@ -1222,7 +1230,7 @@ struct Running {
     Times times;
     std::atomic<bool> busy{false};
 
-    void allocate(const ContextOptions& wanted);
+    void allocate(const ContextOptions& given);
     void infer(const float* images, const Output* wanted, std::size_t count, int batch);
     int smallest() const { return loaded->description.profile[0][0]; }
     int largest() const { return loaded->description.profile[2][0]; }
@@ -1230,6 +1238,7 @@ struct Running {
     const Staged* output(const char* name) const;
 
   private:
+    std::vector<int> largest_shape() const;
     Staged staged(const std::string& name, const std::vector<int>& shape) const;
     void bind(nvinfer1::IExecutionContext& to) const;
     void set_batch(nvinfer1::IExecutionContext& of, int batch) const;
@@ -1243,23 +1252,27 @@ struct Running {
     Recording recorded(int batch) const;
 };
 
-void Running::allocate(const ContextOptions& wanted) {
-    options = wanted;
-    const Description& description = loaded->description;
-    std::vector<int> shape = description.profile[1];
-    if (wanted.height != 0 || wanted.width != 0) {
-        if (shape.size() != 4) refuse(Code::kUsage, "height and width are given, and the engine's input is not images");
-        shape[2] = wanted.height;
-        shape[3] = wanted.width;
-    }
+std::vector<int> Running::largest_shape() const {
+    const Profile& profile = loaded->description.profile;
+    std::vector<int> shape = profile[1];
     shape[0] = largest();
-    for (std::size_t axis = 1; axis < shape.size(); ++axis) {
-        if (shape[axis] < description.profile[0][axis] || shape[axis] > description.profile[2][axis]) {
-            refuse(Code::kUsage, text_of_size(wanted.height, wanted.width) + " is outside of the engine's profile, " +
-                                     text_of_size(description.profile[0][2], description.profile[0][3]) + " to " +
-                                     text_of_size(description.profile[2][2], description.profile[2][3]));
-        }
+    if (options.height == 0 && options.width == 0) return shape;
+    if (shape.size() != 4) refuse(Code::kUsage, "height and width are given, and the engine's input is not images");
+    if (options.height != 0) shape[2] = options.height;
+    if (options.width != 0) shape[3] = options.width;
+    for (std::size_t axis = 2; axis < 4; ++axis) {
+        if (shape[axis] >= profile[0][axis] && shape[axis] <= profile[2][axis]) continue;
+        refuse(Code::kUsage, text_of_size(shape[2], shape[3]) + " is outside of the engine's profile, " +
+                                 text_of_size(profile[0][2], profile[0][3]) + " to " +
+                                 text_of_size(profile[2][2], profile[2][3]));
     }
+    return shape;
+}
+
+void Running::allocate(const ContextOptions& given) {
+    options = given;
+    const Description& description = loaded->description;
+    const std::vector<int> shape = largest_shape();
     cudaStream_t made_stream = nullptr;
     check(cudaStreamCreateWithFlags(&made_stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     stream = Stream(made_stream);

@@ -13,7 +13,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 
-INDIRECT = {"answer": 0, "command": 0, "checked": 1}
+INDIRECT = {"answer": 0, "command": 0, "_told": 0, "checked": 1}
 """Functions that are given another function and its arguments; the position of that function."""
 
 

@@ -21,7 +21,7 @@ SDK_MODULES = (
     ENGINES / "runtime_cache.py",
     *sorted((ENGINES / "backends").glob("*.py")),
 )
-CUDA_MODULES = (ENGINES / "cuda.py", *sorted((ENGINES / "backends").glob("*.py")))
+CUDA_MODULES = (ENGINES / "cuda.py", ENGINES / "bench" / "telemetry.py", *sorted((ENGINES / "backends").glob("*.py")))
 SDK_VARIABLES = {"trt": "", "context": "IExecutionContext"}  # contexts are handed from function to function
 CUDA_VARIABLES = {"runtime": "", "cuda": ""}
 RTX_ALONE = {
@@ -224,6 +224,9 @@ def test_the_uses_of_the_cuda_runtime_are_found():
         ("cudaMalloc", 1), ("cudaFree", 1), ("cudaMallocHost", 1), ("cudaFreeHost", 1), ("cudaMemcpyAsync", 5),
         ("cudaStreamCreateWithFlags", 1), ("cudaStreamSynchronize", 1), ("cudaStreamBeginCapture", 2),
         ("cudaStreamEndCapture", 1), ("cudaGraphInstantiate", 2), ("cudaGraphLaunch", 2), ("cudaGraphDestroy", 1),
+        ("cudaEventCreateWithFlags", 1), ("cudaEventRecord", 2), ("cudaEventSynchronize", 1),
+        ("cudaEventElapsedTime", 2), ("cudaEventDestroy", 1), ("cudaEventDefault", None),
+        ("cudaEventDisableTiming", None), ("cudaDeviceGetPCIBusId", 2),
         ("cudaStreamWaitEvent", 3), ("cudaSetDevice", 1), ("cudaGetDevice", 0), ("cudaDeviceGetAttribute", 2),
         ("cudaMemcpyKind.cudaMemcpyHostToDevice", None), ("cudaError_t.cudaSuccess", None),
         ("cudaDeviceAttr.cudaDevAttrComputeCapabilityMajor", None), ("cudaStreamNonBlocking", None),

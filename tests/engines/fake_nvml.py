@@ -13,7 +13,7 @@ import pynvml as real
 
 from tests.engines.fake_cuda import BUS_IDS, FakeCuda
 
-NAMES = {0: "NVIDIA RTX 4000 Ada", 1: "NVIDIA L4"}
+NAMES = {0: "NVIDIA A10", 1: "NVIDIA L4"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,8 +98,8 @@ def test_opening_and_the_first_inference_stand_apart(machine):
     record = measure(machine, engine(machine))
     assert record.files[0].load_seconds == pytest.approx(JIT + 0.3, rel=1e-3)
     for row in record.rows:
-        assert row.first_seconds > 0.3
-        assert row.latency_ms[50].value < 100
+        first = 0.3 + computing(2, "launches") + sum(copying(2, "with transfers"))
+        assert row.first_seconds == pytest.approx(first, rel=1e-3)
 
 
 def test_the_card_is_named_and_its_clocks_and_energy_told(machine):
@@ -111,8 +111,8 @@ def test_the_card_is_named_and_its_clocks_and_energy_told(machine):
         seconds = computing(2, row.way) + sum(copying(2, row.way))
         told = row.telemetry
         assert told["joules_per_image"] == pytest.approx(WATTS * seconds / 2, rel=0.02)
-        found = (told["sm_clock_mhz"], told["memory_clock_mhz"], told["temperature_c"], told["power_w"])
-        assert found == (2040, 6251, 61, WATTS)
+        assert (told["sm_clock_mhz"], told["memory_clock_mhz"], told["temperature_c"]) == (2040, 6251, 61)
+        assert told["power_w"] == pytest.approx(WATTS, rel=0.02)
         assert told["throttled"] == []
         assert told["maximum_sm_clock_mhz"] == 2175
 
@@ -149,7 +149,7 @@ def test_an_unknown_card_has_no_bound(machine, monkeypatch):
     monkeypatch.setitem(fake_nvml.NAMES, 0, "NVIDIA Imaginary 9")
     record = measure(machine, engine(machine))
     assert {row.bound for row in record.rows} == {None}
-    assert record.warnings == ("no bounds, clocks or energy: the peaks of NVIDIA Imaginary 9 are not known",)
+    assert record.warnings == ("no bounds: the peaks of NVIDIA Imaginary 9 are not known",)
 
 
 def test_each_row_ends_with_its_part_of_the_bound(machine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -15,7 +16,9 @@ from engines.cuda import (
     Graph,
     PinnedBuffer,
     Stream,
+    TimingEvent,
     checked,
+    close_on_device,
     compute_capability,
     cuda_runtime,
     is_capturing,
@@ -23,7 +26,7 @@ from engines.cuda import (
 )
 from engines.errors import DeviceFailed, SdkMissing
 from tests.conftest import ROOT
-from tests.engines.fake_cuda import FakeCuda
+from tests.engines.fake_cuda import BUS_IDS, Costs, FakeCuda
 
 
 @pytest.fixture
@@ -188,7 +191,116 @@ def test_an_event_orders_two_streams(fake):
         thing.close()
 
 
+# --- time
+
+
+def test_events_tell_the_devices_time_between_them(fake):
+    fake.costs = Costs(to_device=1e-4, to_host=3e-4)
+    stream, device, pinned = Stream(fake), DeviceBuffer(fake, 64), PinnedBuffer(fake, 64)
+    start, copied, end = TimingEvent(fake), TimingEvent(fake), TimingEvent(fake)
+    for size in (64, 16):
+        start.record(stream.handle)
+        stream.copy_to_device(device, pinned, size)
+        copied.record(stream.handle)
+        stream.copy_to_host(pinned, device, size)
+        end.record(stream.handle)
+        end.synchronize()
+        assert copied.elapsed_seconds(since=start) == pytest.approx(size * 1e-4, rel=1e-6)
+        assert end.elapsed_seconds(since=copied) == pytest.approx(size * 3e-4, rel=1e-6)
+        assert end.elapsed_seconds(since=start) == pytest.approx(size * 4e-4, rel=1e-6)
+        assert copied.elapsed_seconds(since=end) == pytest.approx(-size * 3e-4, rel=1e-6)
+    assert fake.clock() == pytest.approx(80 * 4e-4)
+    for thing in (start, copied, end, stream, device, pinned):
+        thing.close()
+
+
+def test_time_is_not_told_before_it_is_known_nor_by_an_event_that_keeps_none(fake):
+    fake.costs = Costs(to_device=1e-4)
+    stream, device, pinned = Stream(fake), DeviceBuffer(fake, 4), PinnedBuffer(fake, 4)
+    start, end, order = TimingEvent(fake), TimingEvent(fake), Event(fake)
+    start.record(stream.handle)
+    with pytest.raises(DeviceFailed, match="cudaEventElapsedTime failed: cudaErrorInvalidResourceHandle"):
+        end.elapsed_seconds(since=start)  # never recorded
+    stream.copy_to_device(device, pinned, 4)
+    end.record(stream.handle)
+    start.synchronize()
+    with pytest.raises(DeviceFailed, match="cudaEventElapsedTime failed: cudaErrorNotReady"):
+        end.elapsed_seconds(since=start)
+    end.synchronize()
+    assert end.elapsed_seconds(since=start) == pytest.approx(4e-4)
+    order.record(stream.handle)
+    stream.synchronize()
+    with pytest.raises(DeviceFailed, match="cudaEventElapsedTime failed: cudaErrorInvalidResourceHandle"):
+        TimingEvent.elapsed_seconds(start, since=order)
+    for thing in (start, end, order, stream, device, pinned):
+        thing.close()
+
+
+def test_waiting_for_an_event_is_not_waiting_for_what_comes_after_it(fake):
+    fake.costs = Costs(to_device=1.0)
+    stream, device, pinned, event = Stream(fake), DeviceBuffer(fake, 4), PinnedBuffer(fake, 4), TimingEvent(fake)
+    stream.copy_to_device(device, pinned, 1)
+    event.record(stream.handle)
+    stream.copy_to_device(device, pinned, 4)
+    event.synchronize()
+    assert fake.clock() == 1.0
+    stream.synchronize()
+    assert fake.clock() == 5.0
+    for thing in (event, stream, device, pinned):
+        thing.close()
+
+
+def test_a_stream_that_waits_for_another_goes_on_at_its_time_and_no_work_begins_before_it_is_enqueued(fake):
+    fake.costs = Costs(to_device=1.0, calls={"cudaStreamWaitEvent": 10.0})
+    first, second, event = Stream(fake), Stream(fake), Event(fake)
+    device, pinned, start, end = DeviceBuffer(fake, 4), PinnedBuffer(fake, 4), TimingEvent(fake), TimingEvent(fake)
+    first.copy_to_device(device, pinned, 4)
+    event.record(first.handle)
+    start.record(second.handle)
+    event.hold_back(second.handle)  # the host is at 10 after it, the first stream at 4
+    second.copy_to_device(device, pinned, 2)
+    end.record(second.handle)
+    second.synchronize()
+    assert fake.clock() == 12.0
+    assert end.elapsed_seconds(since=start) == pytest.approx(12.0)
+    for thing in (first, second, event, device, pinned, start, end):
+        thing.close()
+
+
+def test_resources_are_closed_on_their_device_whatever_fails_and_the_callers_is_put_back(fake):
+    on, closed = [], []
+    resources = contextlib.ExitStack()
+    resources.callback(lambda: closed.append("first") or on.append(fake.current))
+    resources.callback(lambda: closed.append("second") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        close_on_device(fake, 1, resources)
+    assert (closed, on, fake.current) == (["second", "first"], [1], 0)
+    close_on_device(fake, 1, resources)
+    assert closed == ["second", "first"]
+
+
+@pytest.mark.parametrize("name", ["cudaGetDevice", "cudaSetDevice"])
+def test_resources_are_closed_also_where_the_device_cannot_be_chosen(fake, name):
+    closed = []
+    resources = contextlib.ExitStack()
+    resources.callback(closed.append, "all")
+    fake.journal.fail_names = {name}
+    with contextlib.suppress(DeviceFailed):
+        close_on_device(fake, 0, resources)
+    assert closed == ["all"]
+
+
 # --- the fake itself sees what it is there to see
+
+
+@pytest.mark.parametrize("device", BUS_IDS)
+def test_the_fake_hands_out_the_place_on_the_bus_as_the_binding_does(device):
+    status, padded = FakeCuda().cudaDeviceGetPCIBusId(64, device)
+    assert status == real.cudaError_t.cudaSuccess
+    assert len(padded) == 64
+    assert padded.startswith(BUS_IDS[device].encode() + b"\0 ")
+    assert FakeCuda().cudaDeviceGetPCIBusId(12, device)[0] == real.cudaError_t.cudaErrorInvalidValue
+    assert FakeCuda().cudaDeviceGetPCIBusId(64, 7)[0] == real.cudaError_t.cudaErrorInvalidDevice
 
 
 def test_the_fake_sees_what_is_freed_twice_used_after_it_or_copied_out_of_bounds():

@@ -51,8 +51,19 @@ def described(values):
     return tuple(found)
 
 
+def attribute_of(proto):
+    """Its value as the onnx package gives it, lists as tuples and bytes as text."""
+    value = helper.get_attribute_value(proto)
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, list | tuple):
+        return tuple(entry.decode() if isinstance(entry, bytes) else entry for entry in value)
+    return value
+
+
 def node_of(proto):
-    return Node(proto.name, proto.op_type, proto.domain, tuple(proto.input), tuple(proto.output))
+    attributes = {attribute.name: attribute_of(attribute) for attribute in proto.attribute}
+    return Node(proto.name, proto.op_type, proto.domain, tuple(proto.input), tuple(proto.output), attributes)
 
 
 def test_a_real_graph_is_read_as_the_onnx_package_reads_it(real):
@@ -65,6 +76,8 @@ def test_a_real_graph_is_read_as_the_onnx_package_reads_it(real):
     assert found.inputs == described(model.graph.input) == (TensorDescription("input", "float32", (None, 3, 32, 32)),)
     assert found.outputs == described(model.graph.output)
     assert found.nodes == tuple(node_of(node) for node in model.graph.node)
+    first = next(node for node in found.nodes if node.op_type == "Conv")
+    assert first.attributes == {"kernel_shape": (3, 3), "pads": (1,) * 4, "strides": (2, 2), "group": 1}
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     assert list(found.weights) == list(weights)
     for name, array in weights.items():
@@ -187,6 +200,99 @@ def test_symbolic_sizes_are_none_and_stored_weights_are_no_inputs(tmp_path):
     assert list(found.weights) == ["w"]
 
 
+# --- attributes of nodes
+
+SCALARS = {
+    "integer": st.integers(-(2**63), 2**63 - 1),
+    "float": st.floats(width=32, allow_nan=False, allow_infinity=False),
+    "text": st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+}
+ATTRIBUTES = st.dictionaries(
+    st.text("abcdefgh_", min_size=1, max_size=8),
+    st.one_of(*SCALARS.values(), *(st.lists(scalar, min_size=1, max_size=4) for scalar in SCALARS.values())),
+    max_size=5,
+)
+
+
+@given(ATTRIBUTES)
+@settings(max_examples=150, deadline=None)
+def test_attributes_are_read_as_the_onnx_package_reads_them(everything, attributes):
+    node = helper.make_node("Own", ["x"], ["y"], name="own", domain="own", **attributes)
+    path = everything.with_name("attributes.onnx")
+    path.write_bytes(model_of(nodes=[node]).SerializeToString())
+    (found,) = onnx_file_from_path(path).nodes
+    assert found == node_of(node)
+    assert {name: type(value) for name, value in found.attributes.items()} == {
+        name: type(attribute_of(attribute)) for attribute in node.attribute for name in [attribute.name]
+    }
+
+
+def attribute(name, **fields):
+    return onnx.AttributeProto(name=name, **fields)
+
+
+def node_with(*attributes, op_type="Own"):
+    return onnx.NodeProto(op_type=op_type, input=["x"], output=["y"], attribute=attributes)
+
+
+@pytest.mark.parametrize("numbers", [[0.5, -2.0, 65504.0], [1.5]])
+def test_a_list_of_floats_is_read_packed_and_not(tmp_path, numbers):
+    """Writers of proto3 pack them; onnx does not."""
+    content = np.array(numbers, np.float32).tobytes()
+    packed = b"\x0a\x01f" + bytes([7 << 3 | 2, len(content)]) + content + b"\xa0\x01\x06"
+    loose = attribute("f", floats=numbers, type=onnx.AttributeProto.FLOATS)
+    assert onnx.AttributeProto.FromString(packed) == loose
+    node = onnx.NodeProto(op_type="Own").SerializeToString()
+    for stored in (packed, loose.SerializeToString()):
+        model = model_of()
+        model.graph.node.add().MergeFromString(node + bytes([5 << 3 | 2, len(stored)]) + stored)
+        assert read(model, tmp_path).nodes[0].attributes == {"f": tuple(numbers)}
+
+
+def test_what_is_neither_numbers_nor_text_is_left_out(tmp_path):
+    graph = helper.make_graph([], "inner", [], [])
+    node = node_with(
+        attribute("tensor", t=numpy_helper.from_array(np.ones(3)), type=onnx.AttributeProto.TENSOR),
+        attribute("graph", g=graph, type=onnx.AttributeProto.GRAPH),
+        attribute("bytes", s=b"\xff\xfe", type=onnx.AttributeProto.STRING),
+        attribute("many bytes", strings=[b"a", b"\xff"], type=onnx.AttributeProto.STRINGS),
+        attribute("nothing"),
+        attribute("kept", i=7, type=onnx.AttributeProto.INT),
+    )
+    (found,) = read(model_of(nodes=[node]), tmp_path).nodes
+    assert found.attributes == {"kept": 7}
+    assert found.constant is None
+
+
+def test_what_is_not_said_is_zero_or_empty(tmp_path):
+    types = onnx.AttributeProto
+    kinds = {"i": types.INT, "f": types.FLOAT, "s": types.STRING, "is": types.INTS, "fs": types.FLOATS}
+    node = node_with(*(attribute(name, type=kind) for name, kind in kinds.items()))
+    (found,) = read(model_of(nodes=[node]), tmp_path).nodes
+    assert found.attributes == {"i": 0, "f": 0.0, "s": "", "is": (), "fs": ()}
+
+
+@pytest.mark.parametrize("array", [np.array([2, -1], np.int64), np.array(0.5, np.float32), np.zeros((0, 3))])
+def test_the_tensor_that_a_constant_is(tmp_path, array):
+    node = helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(array, "c"))
+    (found,) = read(model_of(nodes=[node]), tmp_path).nodes
+    assert found.constant.dtype == array.dtype
+    assert found.constant.shape == array.shape
+    assert found.constant.tobytes() == array.tobytes()
+    assert found.attributes == {}
+
+
+def test_a_constant_that_numpy_lacks_or_that_is_a_number_has_no_tensor(tmp_path):
+    lacking = helper.make_tensor("c", TensorProto.BFLOAT16, [1], [1.0])
+    nodes = [
+        helper.make_node("Constant", [], ["c"], value=lacking),
+        helper.make_node("Constant", [], ["d"], value_int=3),
+    ]
+    first, second = read(model_of(nodes=nodes), tmp_path).nodes
+    assert (first.constant, first.attributes) == (None, {})
+    assert (second.constant, second.attributes) == (None, {"value_int": 3})
+
+
 def external(**entries):
     tensor = TensorProto(name="w", dims=[2], data_type=TensorProto.FLOAT, data_location=TensorProto.EXTERNAL)
     for key, value in entries.items():
@@ -226,6 +332,14 @@ TWICE.metadata_props.add(key="precision", value="fp16")
 TWICE.metadata_props.add(key="precision", value="fp32")
 
 REFUSED = {
+    "an attribute twice": (
+        model_of(nodes=[node_with(attribute("a"), attribute("a"))]),
+        "two attributes are called 'a'",
+    ),
+    "a whole constant of half the bytes": (
+        model_of(nodes=[helper.make_node("Constant", [], ["c"], value=w(raw_data=bytes(4)))]),
+        "1 numbers where 2 belong",
+    ),
     "empty": (b"", "cannot mmap an empty file"),
     "text": (b"no ONNX file, but text", "wire type"),
     "JSON": (b'{"schema": 1}', "wire type 3"),
@@ -302,7 +416,11 @@ def everything(tmp_path_factory):
         helper.make_tensor("integers", TensorProto.INT64, [2], [1, -2]),
         external(location="w.data"),
     ]
-    nodes = [helper.make_node("Conv", ["x", "raw", "floats"], ["y"], name="conv", domain="own")]
+    attributes = {"pads": [1, 1], "group": 1, "alpha": 0.5, "betas": [0.5, 2.0], "auto_pad": "VALID"}
+    nodes = [
+        helper.make_node("Conv", ["x", "raw", "floats"], ["y"], name="conv", domain="own", **attributes),
+        helper.make_node("Constant", [], ["c"], value=numpy_helper.from_array(np.ones(2, np.int64))),
+    ]
     model = model_of(*tensors, nodes=nodes, producer_name="p")
     helper.set_model_props(model, {"precision": "fp16", "assumptions": "{}"})
     path = folder / "whole.onnx"

@@ -96,7 +96,8 @@ class ICudaEngine : public INoCopy {
     virtual TensorLocation getTensorLocation(char const* tensorName) const noexcept = 0;
     virtual TensorIOMode getTensorIOMode(char const* tensorName) const noexcept = 0;
     virtual TensorFormat getTensorFormat(char const* tensorName) const noexcept = 0;
-    virtual Dims getProfileShape(char const* tensorName, int32_t profileIndex, OptProfileSelector select) const noexcept = 0;
+    virtual Dims getProfileShape(char const* tensorName, int32_t profileIndex,
+                                 OptProfileSelector select) const noexcept = 0;
     virtual int64_t getDeviceMemorySizeV2() const noexcept = 0;
     virtual IRuntimeConfig* createRuntimeConfig() noexcept = 0;
     virtual IExecutionContext* createExecutionContext(IRuntimeConfig* runtimeConfig) noexcept = 0;

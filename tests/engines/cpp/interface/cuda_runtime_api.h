@@ -1,5 +1,5 @@
-// The names of the CUDA runtime that engines/cpp uses, and no others, with the signatures and values of the real header.
-// Over the stub beside it the whole program runs in host memory. Whoever has the SDK never sees this file.
+// The names of the CUDA runtime that engines/cpp uses, and no others, with the signatures and values of the real
+// header. Over the stub beside it the whole program runs in host memory. Whoever has the SDK never sees this file.
 #ifndef REPVGG_STUB_CUDA_RUNTIME_API_H
 #define REPVGG_STUB_CUDA_RUNTIME_API_H
 
@@ -42,7 +42,8 @@ cudaError_t cudaMalloc(void** devPtr, size_t size);
 cudaError_t cudaFree(void* devPtr);
 cudaError_t cudaMallocHost(void** ptr, size_t size);
 cudaError_t cudaFreeHost(void* ptr);
-cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t count, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t count, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* pStream, unsigned int flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);

@@ -1,0 +1,67 @@
+"""``python -m engines receipt DIR...``: what the owner of a GPU runs and sends back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+from engines.arguments import integers_from_text
+from engines.errors import UsageError, VerificationFailed
+
+NAME = "receipt"
+HELP = "check, run and measure exports on this machine's GPU, and write all of it into one file to send back"
+RECEIPT_NAME = "receipt.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("folders", type=pathlib.Path, nargs="+", metavar="DIR", help="directories of exports")
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path(RECEIPT_NAME),
+        metavar="FILE",
+        help=f"the file to write (default: {RECEIPT_NAME})",
+    )
+    parser.add_argument("--batch", metavar="N[,N]", help="images at once (default: those of 1,8,32 that fit)")
+    parser.add_argument("--duration", type=float, metavar="S", help="seconds to measure each row for (default: 3)")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="the GPU to run on (default: 0)")
+    parser.add_argument(
+        "--allow-no-gpu", action="store_true", help="without a GPU, write a receipt that says that none ran anything"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the receipt, whatever it says, and prints its verdict.
+
+    Raises:
+        VerificationFailed: something failed; the receipt is written.
+        ReportedError: there is nothing to run, or nothing to run it on, or the receipt cannot be written; then it is
+            not.
+    """
+    from engines.bench.options import Options, check_options
+    from engines.files import write_whole
+    from engines.receipt import Request, receipt_from_folders
+
+    if arguments.device < 0:
+        raise UsageError(f"--device {arguments.device}: GPUs are counted from 0")
+    if len({folder.resolve() for folder in arguments.folders}) < len(arguments.folders):
+        raise UsageError("a directory is given twice")
+    given = {
+        "batches": arguments.batch and integers_from_text("--batch", arguments.batch, ","),
+        "duration": arguments.duration,
+    }
+    options = Options(device=arguments.device, **{name: value for name, value in given.items() if value is not None})
+    check_options(options)
+    request = Request(
+        tuple(arguments.folders), options, arguments.allow_no_gpu, told=lambda line: print(line, flush=True)
+    )
+    out: pathlib.Path = arguments.out
+    receipt = receipt_from_folders(request)
+    write_whole(out, (json.dumps(receipt, indent=1, allow_nan=False) + "\n").encode())
+    print(receipt["verdict"])
+    print(f"written to {out}; python -m engines replay {out} checks it on any machine")
+    if not receipt["passed"]:
+        raise VerificationFailed(f"{receipt['verdict']}; {out} says what, send it all the same")
+    return 0

@@ -1,0 +1,57 @@
+"""``python -m engines replay receipt.json``: does every figure follow from its raw data? Needs no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+
+from engines.errors import InputRejected, VerificationFailed, first_line, listed
+
+NAME = "replay"
+HELP = "make every figure of a receipt again from its raw data, without a GPU"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("receipt", type=pathlib.Path, metavar="FILE", help="what python -m engines receipt wrote")
+    parser.add_argument(
+        "--against",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="an export that is here, whose files and golden vectors it must be of",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Prints a line per check and what the receipt's own verdict was.
+
+    Raises:
+        VerificationFailed: a figure does not follow from the raw data, or the receipt is of something else.
+        InputRejected: the receipt cannot be read.
+    """
+    from engines.json_value import Malformed
+    from engines.receipt_file import receipt_from_file
+    from engines.replay import HONESTY, checks_against, checks_of_receipt
+
+    path: pathlib.Path = arguments.receipt
+    receipt = receipt_from_file(path)
+    try:
+        checks = list(checks_of_receipt(receipt))
+    except Malformed as error:
+        raise InputRejected(
+            f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again"
+        ) from error
+    if arguments.against is not None:
+        checks += checks_against(receipt, arguments.against)
+    for check in checks:
+        print(
+            f"FAIL {check.place}: {'; '.join(check.problems)}"
+            if check.problems
+            else f"ok   {check.place}: {check.detail}"
+        )
+    print(f"note {HONESTY}")
+    problems = [f"{check.place}: {problem}" for check in checks for problem in check.problems]
+    if problems:
+        raise VerificationFailed(f"{path}: does not follow from its own raw data: {listed(problems, 3)}")
+    print(f"the receipt is consistent; it says: {receipt.verdict}")
+    return 0

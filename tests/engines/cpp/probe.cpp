@@ -1,0 +1,276 @@
+// Drives the library in one process, where a command line would be too slow or too far away:
+//
+//     probe load ENGINE...            a line for each: code, message
+//     probe faults ENGINE             each call of TensorRT and CUDA fails in turn, once, and from there on
+//     probe allocations ENGINE        each allocation of the program fails in turn
+//     probe threads ENGINE            two threads with a context each, and a context that both enter
+//     probe infer ENGINE BATCH...     answers of batches of numbered images, in hexadecimal floats
+//     probe calls ENGINE              wrong calls, a line for each
+//     probe hash FILE...              SHA-256
+#include <repvgg_engine.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "stub.h"
+
+namespace {
+
+using repvgg::Context;
+using repvgg::Engine;
+using repvgg::Output;
+using repvgg::Status;
+
+// The allocation of the program under test that fails; those of the stub are not counted.
+std::atomic<long> allocations{0}, failing_allocation{0};
+
+void* allocated(std::size_t size) {
+    if (stub::inside == 0 && ++allocations == failing_allocation) throw std::bad_alloc();
+    return std::malloc(size > 0 ? size : 1);
+}
+
+void fail_allocation(long number) {
+    allocations = 0;
+    failing_allocation = number;
+}
+
+// Pixels from the image's number on, so that every image differs from every other.
+std::vector<float> numbered_images(int batch, std::size_t values) {
+    std::vector<float> images;
+    for (int image = 0; image < batch; ++image) {
+        for (std::size_t i = 0; i < values; ++i) {
+            images.push_back(static_cast<float>(image % 7) - 3.0f + static_cast<float>((i * 31 + 7) % 17) / 17.0f);
+        }
+    }
+    return images;
+}
+
+void report(const Status& status) { std::printf("%d %s\n", static_cast<int>(status.code()), status.message()); }
+
+struct Answers {
+    std::vector<std::vector<float>> values;
+};
+
+Status infer_all(const Engine& engine, Context& context, int batch, Answers& answers) {
+    const std::vector<float> images = numbered_images(batch, context.input_values());
+    std::vector<Output> wanted;
+    answers.values.clear();
+    for (const repvgg::Tensor& output : engine.description().outputs) {
+        answers.values.emplace_back(static_cast<std::size_t>(batch) * context.output_values(output.name.c_str()),
+                                    -1.0f);
+    }
+    for (std::size_t i = 0; i < answers.values.size(); ++i) {
+        wanted.push_back({engine.description().outputs[i].name.c_str(), answers.values[i].data()});
+    }
+    return context.infer(images.data(), wanted.data(), wanted.size(), batch);
+}
+
+// Everything once: load, create, and batches that are padded, split, and launched as a graph.
+Status everything(const char* path, std::vector<Answers>& answers) {
+    Engine engine;
+    Status status = Engine::load(path, 0, engine);
+    Context context;
+    repvgg::ContextOptions options;
+    options.timing = true;
+    if (status.ok()) status = Context::create(engine, options, context);
+    for (const int batch : {1, 3, 3, 9}) {
+        if (!status.ok()) break;
+        answers.emplace_back();
+        status = infer_all(engine, context, batch, answers.back());
+    }
+    return status;
+}
+
+bool same(const std::vector<Answers>& one, const std::vector<Answers>& other) {
+    bool equal = one.size() == other.size();
+    for (std::size_t i = 0; equal && i < one.size(); ++i) equal = one[i].values == other[i].values;
+    return equal;
+}
+
+int wrong(const char* what, long number) {
+    std::printf("wrong at %ld: %s\n", number, what);
+    return 1;
+}
+
+int faults(const char* path) {
+    std::vector<Answers> expected;
+    stub::fail_call(0);
+    if (!everything(path, expected).ok()) return wrong("the sound run", 0);
+    const long calls = stub::calls();
+    long refused = 0, endured = 0;
+    for (const bool forever : {false, true}) {
+        for (long number = 1; number <= calls; ++number) {
+            std::vector<Answers> answers;
+            stub::fail_call(number, forever);
+            const Status status = everything(path, answers);
+            if (!stub::has_failed()) return wrong("the failure did not come to pass", number);
+            if (status.ok() && !same(answers, expected)) return wrong("other answers, and no error", number);
+            const int code = static_cast<int>(status.code());
+            if (!status.ok() && (std::strlen(status.message()) < 20 || (code != 4 && code != 6))) {
+                return wrong(status.message(), number);
+            }
+            stub::fail_call(0);
+            if (stub::live() != 0) return wrong("something leaked", number);
+            if (stub::violations() != 0) return wrong("something a GPU would punish", number);
+            ++(status.ok() ? endured : refused);
+        }
+    }
+    std::printf("%ld calls, %ld refused, %ld endured\n", calls, refused, endured);
+    return 0;
+}
+
+int failing_allocations(const char* path) {
+    std::vector<Answers> expected;
+    if (!everything(path, expected).ok()) return wrong("the sound run", 0);
+    long refused = 0, endured = 0;
+    for (long number = 1;; ++number) {
+        Engine engine;
+        Context context;
+        std::vector<float> images(1000), scores(1000);
+        fail_allocation(number);
+        Status status = Engine::load(path, 0, engine);
+        if (status.ok()) status = Context::create(engine, {}, context);
+        for (const int batch : {3, 3, 1}) {
+            if (!status.ok()) break;
+            Output wanted = {"output", scores.data()};
+            status = context.infer(images.data(), &wanted, 1, batch);
+        }
+        const bool happened = allocations >= failing_allocation;
+        fail_allocation(0);
+        if (!happened) break;
+        if (!status.ok() && status.code() != repvgg::Code::kHostMemory) return wrong(status.message(), number);
+        ++(status.ok() ? endured : refused);
+        context = Context();
+        engine = Engine();
+    }
+    std::printf("%ld refused, %ld endured\n", refused, endured);
+    return 0;
+}
+
+int threads(const char* path) {
+    Engine engine;
+    Status status = Engine::load(path, 0, engine);
+    if (!status.ok()) return report(status), 1;
+    Context shared;
+    status = Context::create(engine, {}, shared);
+    std::vector<Answers> found(2);
+    std::atomic<int> turned_away{0}, wrong_answers{0};
+    const auto work = [&](std::size_t index) {
+        Context own;
+        Answers first, answers;
+        if (!Context::create(engine, {}, own).ok() || !infer_all(engine, own, 5, first).ok()) ++wrong_answers;
+        for (int i = 0; i < 40; ++i) {
+            if (!infer_all(engine, own, 1 + i % 9, answers).ok()) ++wrong_answers;
+            if (i % 9 == 4 && answers.values != first.values) ++wrong_answers;
+            const Status busy = infer_all(engine, shared, 2, answers);
+            if (busy.code() == repvgg::Code::kUsage) {
+                ++turned_away;
+            } else if (!busy.ok()) {
+                ++wrong_answers;
+            }
+        }
+        found[index] = first;
+    };
+    std::thread other(work, 1);
+    work(0);
+    other.join();
+    if (wrong_answers > 0 || found[0].values != found[1].values) return wrong("answers of threads", wrong_answers);
+    std::printf("two threads agree\n");
+    return 0;
+}
+
+int infer(const char* path, int count, char** batches) {
+    Engine engine;
+    Context context;
+    Status status = Engine::load(path, 0, engine);
+    repvgg::ContextOptions options;
+    if (const char* height = std::getenv("PROBE_HEIGHT")) options.height = std::atoi(height);
+    if (const char* width = std::getenv("PROBE_WIDTH")) options.width = std::atoi(width);
+    if (status.ok()) status = Context::create(engine, options, context);
+    for (int i = 0; i < count && status.ok(); ++i) {
+        Answers answers;
+        status = infer_all(engine, context, std::atoi(batches[i]), answers);
+        for (const std::vector<float>& values : answers.values) {
+            for (const float value : values) std::printf("%a ", static_cast<double>(value));
+            std::printf("\n");
+        }
+    }
+    if (!status.ok()) return report(status), status.exit_code();
+    std::printf("graphs %d %s\n", context.graphs(), context.graph_refusal());
+    return 0;
+}
+
+int wrong_calls(const char* path) {
+    Engine engine, none;
+    Context context, empty;
+    float numbers[4096] = {};
+    report(Engine::load(nullptr, 0, engine));
+    report(Engine::load(path, -1, engine));
+    report(Context::create(none, {}, context));
+    report(empty.infer(numbers, numbers, 1));
+    report(Engine::load(path, 0, engine));
+    repvgg::ContextOptions large;
+    large.height = 9999;
+    report(Context::create(engine, large, context));
+    report(Context::create(engine, {}, context));
+    report(context.infer(numbers, numbers, 1));  // there are several outputs
+    const Output unknown = {"other", numbers}, unnamed = {nullptr, numbers}, nowhere = {"output", nullptr};
+    const Output good = {"output", numbers};
+    report(context.infer(numbers, &unknown, 1, 1));
+    report(context.infer(numbers, &unnamed, 1, 1));
+    report(context.infer(numbers, &nowhere, 1, 1));
+    report(context.infer(nullptr, &good, 1, 1));
+    report(context.infer(numbers, &good, 0, 1));
+    report(context.infer(numbers, &good, 1, 0));
+    report(context.infer(numbers, &good, 1, -5));
+    engine = Engine();  // the context keeps it alive
+    report(context.infer(numbers, &good, 1, 1));
+    Context moved = std::move(context);
+    report(moved.infer(numbers, &good, 1, 1));
+    return 0;
+}
+
+int load(int count, char** paths) {
+    for (int i = 0; i < count; ++i) {
+        Engine engine;
+        report(Engine::load(paths[i], 0, engine));
+    }
+    return 0;
+}
+
+int hash(int count, char** paths) {
+    for (int i = 0; i < count; ++i) {
+        std::vector<unsigned char> content;
+        if (!repvgg::read_file(paths[i], 1 << 20, content).ok()) return 1;
+        for (const unsigned byte : repvgg::sha256(content.data(), content.size())) std::printf("%02x", byte);
+        std::printf("\n");
+    }
+    return 0;
+}
+
+}  // namespace
+
+void* operator new(std::size_t size) { return allocated(size); }
+void* operator new[](std::size_t size) { return allocated(size); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete[](void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
+
+int main(int count, char** texts) {
+    const std::string what = count > 2 ? texts[1] : "";
+    if (what == "load") return load(count - 2, texts + 2);
+    if (what == "faults") return faults(texts[2]);
+    if (what == "allocations") return failing_allocations(texts[2]);
+    if (what == "threads") return threads(texts[2]);
+    if (what == "infer") return infer(texts[2], count - 3, texts + 3);
+    if (what == "calls") return wrong_calls(texts[2]);
+    if (what == "hash") return hash(count - 2, texts + 2);
+    return 2;
+}
