@@ -24,7 +24,6 @@ deployed float32 file here.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import pathlib
 import platform
 import sys
@@ -34,9 +33,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.paper_table_measure import Wanted, found_of_repvgg, found_of_resnet
-from benchmarks.paper_table_networks import RESNETS, variant_from_title
+from benchmarks.paper_table_networks import RESNETS, timm_problem, variant_from_title
 from benchmarks.paper_table_text import FP16, Found, Table, json_from_table, markdown_from_table, svg_from_table
+from engines.backends.onnx_runtime import check_provider
+from engines.bench.plot import drawing
 from engines.errors import ReportedError, UsageError
+from engines.files import reported_write_errors
 from engines.replacement import write_together
 from engines.sdk import gpu_compute_capability
 
@@ -49,26 +51,29 @@ NO_FP16 = (
     "There are no fp16 rows: on a CPU, ONNX Runtime computes a float16 graph in float32, with conversions on the way, "
     "which says nothing of float16."
 )
-NO_TIMM = "There are no ResNets: timm is not installed here (pip install timm)."
+NO_TIMM = "There are no ResNets: {problem}."
 Notify = Callable[[str], None]
 
 
-def table_from_networks(networks: Sequence[str], wanted: Wanted, told: Notify) -> Table:
-    """Measures one network after the other.
+def table_from_networks(networks: Sequence[str], wanted: Wanted, told: Notify) -> tuple[Table, list[ReportedError]]:
+    """Measures one network after the other; what goes wrong with one is told, and is no reason to lose the others.
 
     Raises:
-        ReportedError: one could not be made or measured.
+        ReportedError: nothing could be measured.
     """
-    found = []
+    found, errors = [], []
     for number, title in enumerate(networks, 1):
-        with tempfile.TemporaryDirectory(prefix="paper-table-") as directory:
-            folder = pathlib.Path(directory)
-            if title in RESNETS:
-                found.append(found_of_resnet(title, wanted, folder))
-            else:
-                found.append(found_of_repvgg(variant_from_title(title), wanted, folder))
-        told(f"{number} of {len(networks)}: {title} measured")
-    return Table(tuple(found), tuple(_settings(wanted)), tuple(_notes(found, networks, wanted)))
+        try:
+            with tempfile.TemporaryDirectory(prefix="paper-table-") as directory:
+                found.append(_found(title, wanted, pathlib.Path(directory)))
+            told(f"{number} of {len(networks)}: {title} measured")
+        except ReportedError as error:
+            errors.append(error)
+            told(f"{number} of {len(networks)}: {title} left out: {error}")
+    if not found:
+        raise errors[0]
+    notes = _notes(found, networks, wanted) + [f"Left out: {error}" for error in errors]
+    return Table(tuple(found), tuple(_settings(wanted)), tuple(notes)), errors
 
 
 def networks_from_text(text: str | None) -> tuple[str, ...]:
@@ -77,16 +82,21 @@ def networks_from_text(text: str | None) -> tuple[str, ...]:
     Raises:
         UsageError: one is unknown, or named twice, or needs timm, which is not here.
     """
-    has_timm = importlib.util.find_spec("timm") is not None
     if text is None:
-        return tuple(name for name in NETWORKS if has_timm or name not in RESNETS)
+        return tuple(name for name in NETWORKS if name not in RESNETS or timm_problem() is None)
     titles = [part.strip() for part in text.split(",")]
     named = tuple(title if title in RESNETS else variant_from_title(title).title for title in titles)
     if len(set(named)) < len(named):
         raise UsageError("--networks: one is named twice; name each once")
-    if not has_timm and set(named) & set(RESNETS):
-        raise UsageError("--networks: ResNets are timm's, which is not installed here; pip install timm")
+    if set(named) & set(RESNETS) and (problem := timm_problem()) is not None:
+        raise UsageError(f"--networks: {problem}; leave ResNets out")
     return named
+
+
+def _found(title: str, wanted: Wanted, directory: pathlib.Path) -> Found:
+    if title in RESNETS:
+        return found_of_resnet(title, wanted, directory)
+    return found_of_repvgg(variant_from_title(title), wanted, directory)
 
 
 def _settings(wanted: Wanted) -> list[tuple[str, str]]:
@@ -100,9 +110,10 @@ def _settings(wanted: Wanted) -> list[tuple[str, str]]:
 
 def _notes(found: Sequence[Found], networks: Sequence[str], wanted: Wanted) -> list[str]:
     has_fp16 = any(row.form == FP16 for one in found for row in one.rows)
-    without_resnets = not set(networks) & set(RESNETS) and importlib.util.find_spec("timm") is None
     notes = [NO_FP16] if not has_fp16 and wanted.provider in (None, "cpu") else []
-    notes += [NO_TIMM] if without_resnets else []
+    if not set(networks) & set(RESNETS):
+        problem = timm_problem()
+        notes += [NO_TIMM.format(problem=problem)] if problem is not None else []
     return notes + [warning for one in found for warning in one.warnings]
 
 
@@ -132,9 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = Wanted(batch, arguments.size, arguments.duration, arguments.provider)
     try:
         networks = networks_from_text(arguments.networks)
+        check_provider(arguments.provider)
         if arguments.out is not None:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-        table = table_from_networks(networks, wanted, lambda line: print(line, file=sys.stderr, flush=True))
+            with drawing(), reported_write_errors(arguments.out):
+                arguments.out.mkdir(parents=True, exist_ok=True)
+        table, errors = table_from_networks(networks, wanted, lambda line: print(line, file=sys.stderr, flush=True))
         text = markdown_from_table(table, with_plot=arguments.out is not None)
         print(text, end="")
         if arguments.out is not None:
@@ -143,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReportedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    return 0
+    return errors[0].exit_code if errors else 0
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.paper_table_networks import (
     deployed_module,
     multiply_accumulates_of,
     parameters_of,
+    parameters_of_file,
     random_network,
     resnet,
     write_golden_vectors,
@@ -84,7 +85,7 @@ def found_of_repvgg(variant: Variant, wanted: Wanted, directory: pathlib.Path) -
 
 
 def found_of_resnet(title: str, wanted: Wanted, directory: pathlib.Path) -> Found:
-    """Measures a ResNet, which has one form.
+    """Measures a ResNet: the module with its batch norms, and the file without them.
 
     Raises:
         SdkMissing: timm is not here.
@@ -92,7 +93,7 @@ def found_of_resnet(title: str, wanted: Wanted, directory: pathlib.Path) -> Foun
     module = resnet(title)
     write_golden_vectors(module, wanted.size, directory)
     files = {DEPLOYED: write_module(module, wanted.size, directory / f"{title}.onnx")}
-    return _found(title, {DEPLOYED: module}, files, wanted, directory, [])
+    return _found(title, {TRAINING: module}, files, wanted, directory, [])
 
 
 def write_int8(float32: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
@@ -150,13 +151,15 @@ def _found(
     report = directory / REPORT_NAME
     gate = gate_of_precision("fp32", report_from_file(report) if report.is_file() else None) or GATES["fp32"]
     sizes = {form: (parameters_of(one), multiply_accumulates_of(one, wanted.size)) for form, one in modules.items()}
+    titles = {form: form for form in modules}
+    sizes[DEPLOYED] = parameters_of_file(files[DEPLOYED]), sizes.get(DEPLOYED, sizes[TRAINING])[1]
     eager = measured_modules(modules, golden, gate, batch=wanted.batch, duration=wanted.duration, device=wanted.device)
     modules.clear()
     options = Options(batches=(wanted.batch,), provider=wanted.provider, duration=wanted.duration)
     record = bench(list(files.values()), options)
     forms = {path.name: form for form, path in files.items()}
     rows = [
-        *rows_from_bench(*eager, {form: form for form in sizes}, MODULE, sizes),
+        *rows_from_bench(*eager, titles, MODULE, sizes),
         *rows_from_bench(record.rows, record.files, forms, FILE, sizes),
     ]
     warnings = [*notes, *(f"{name}: {warning}" for warning in record.warnings)]

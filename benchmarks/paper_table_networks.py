@@ -8,6 +8,8 @@ weights, bit for bit. A ResNet comes from timm, and its file from PyTorch's expo
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain_export import Block, ConvBN, RepVGG
 from benchmarks.random_checkpoint import NOISE_SHAPE, random_repvgg
-from engines.errors import InputRejected, SdkMissing, UsageError
+from engines.errors import InputRejected, SdkMissing, UsageError, first_line
 from engines.golden import GOLDEN_NAME
 from exporter.onnx_file import graph_from_file, write_onnx
 from exporter.onnx_graph import BATCH, INPUT, IR_VERSION, OPSET, Graph, checked, with_metadata
@@ -94,8 +96,12 @@ def deployed_module(path: pathlib.Path) -> nn.Sequential:
     """
     graph = graph_from_file(path)
     weights = {name: torch.from_numpy(np.array(array)) for name, array in graph.weights.items()}
+    nodes = graph.structure.graph.node
+    foreign = [node.op_type for node in nodes if node.op_type not in ("Conv", "Gemm", *PLAIN_LAYERS)]
+    if foreign:
+        raise InputRejected(f"{path}: has a {foreign[0]}, which no deployed RepVGG has; export it again")
     layers: list[nn.Module] = []
-    for node in graph.structure.graph.node:
+    for node in nodes:
         if node.op_type == "Conv":
             layers.append(_convolution(node, weights))
         elif node.op_type == "Gemm":
@@ -103,23 +109,32 @@ def deployed_module(path: pathlib.Path) -> nn.Sequential:
             linear = nn.Linear(channels, classes)
             linear.load_state_dict({"weight": weights[node.input[1]], "bias": weights[node.input[2]]})
             layers.append(linear)
-        elif node.op_type in PLAIN_LAYERS:
-            layers.append(PLAIN_LAYERS[node.op_type]())
         else:
-            raise InputRejected(f"{path}: has a {node.op_type}, which no deployed RepVGG has; export it again")
+            layers.append(PLAIN_LAYERS[node.op_type]())
     return nn.Sequential(*layers).eval()
+
+
+def timm_problem() -> str | None:
+    """Why there is no timm; None where it can be used."""
+    if importlib.util.find_spec("timm") is None:
+        return "timm is not installed here (pip install timm)"
+    try:
+        importlib.import_module("timm")
+    except Exception as error:  # a torchvision for another torch fails in its own ways
+        return f"timm does not start here ({first_line(error)})"
+    return None
 
 
 def resnet(title: str) -> nn.Module:
     """A ResNet of timm's with random weights, in eval mode, the same at every call.
 
     Raises:
-        SdkMissing: timm is not here.
+        SdkMissing: timm cannot be used.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise SdkMissing(f"{title}: timm is not installed here ({error}); pip install timm") from error
+    problem = timm_problem()
+    if problem is not None:
+        raise SdkMissing(f"{title}: {problem}")
+    timm = importlib.import_module("timm")
     torch.manual_seed(0)
     name = title.lower().replace("-", "")
     module: nn.Module = timm.create_model(name, pretrained=False, zero_init_last=False)
@@ -161,6 +176,11 @@ def write_golden_vectors(module: nn.Module, size: int, directory: pathlib.Path) 
 def parameters_of(module: nn.Module) -> int:
     """Trained numbers; statistics of batch norms are none."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameters_of_file(path: pathlib.Path) -> int:
+    """Numbers in the weights of a float32 file."""
+    return sum(array.size for array in graph_from_file(path).weights.values() if array.dtype == np.float32)
 
 
 def multiply_accumulates_of(module: nn.Module, size: int) -> int:

@@ -16,7 +16,8 @@ HERE = "."
 """In the place of a directory."""
 
 _BEFORE = r"(?<![\w.~/:-])"
-_ABSOLUTE = re.compile(_BEFORE + r"~?/(?=\S)(?:[^\s/'\":;,()|]+/)*")
+_DEEPER = r"(?:[^\s/'\":;,()|]+/)*"
+_ABSOLUTE = re.compile(rf"{_BEFORE}~?/(?=\S){_DEEPER}")
 """The directories that a path begins with, from a slash that stands behind no other letter of a path."""
 
 
@@ -33,7 +34,7 @@ def without_directories(text: str, folders: Iterable[pathlib.Path] = ()) -> str:
     absolute |= {_inside_quotes(folder) for folder in absolute}
     relative |= {_inside_quotes(folder) for folder in relative}
     for folder in sorted(relative | absolute, key=len, reverse=True):
-        text = re.sub(f"{_BEFORE}{re.escape(folder)}/", "", text)
+        text = re.sub(f"{_BEFORE}{re.escape(folder)}/{_DEEPER}", "", text)
         if folder in absolute:
             text = re.sub(rf"{_BEFORE}{re.escape(folder)}(?![\w-])", HERE, text)
     return _ABSOLUTE.sub("", text)

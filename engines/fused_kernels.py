@@ -76,9 +76,8 @@ def works_from_onnx(file: OnnxFile, size: Size | None = None) -> tuple[Work, ...
         raise InputRejected(f"{file.path}: its inputs are not one batch of images; its work cannot be counted")
     (images,) = batches
     fusion = _Fusion(file, size)
-    for node in _needed(file):
-        if node.op_type != "Constant":
-            fusion.add(node)
+    for node in fusion.nodes:
+        fusion.add(node)
     works = tuple(_share(work, images) for work in fusion.works())
     if not works:
         raise InputRejected(f"{file.path}: it computes nothing; export it again")
@@ -141,7 +140,8 @@ class _Fusion:
         self._constants = constants_of_graph(file)
         self._types = types_of_graph(file, self._constants, size)
         self._outputs = {value.name for value in file.outputs}
-        self._readers = collections.Counter(name for node in _needed(file) for name in dict.fromkeys(node.inputs))
+        self.nodes = [node for node in _needed(file) if node.op_type != "Constant"]
+        self._readers = collections.Counter(name for node in self.nodes for name in node.inputs)
         self._kernels: list[_Kernel] = []
         self._maker: dict[str, int] = {}
         self._folded: dict[str, _Source] = {}

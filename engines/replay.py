@@ -26,6 +26,7 @@ from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden, golden_from_file
 from engines.judgement import LEAST_CONTRAST, gate_with_tolerance
 from engines.kind import ENGINE_SUFFIX
+from engines.layer_by_layer import Layer, first_departure
 from engines.manifest import sidecar_path
 from engines.parity import GATES
 from engines.receipt_figures import (
@@ -65,9 +66,9 @@ def checks_of_receipt(receipt: ReceivedReceipt) -> Iterator[Check]:
     problem = f"its SHA-256 is {again[:12]}..., and {receipt.digest[:12]}... is written"
     altered = () if again == receipt.digest else (problem,)
     yield Check("digest", "the file is as it was written", altered)
-    card, problems = _card(receipt)
+    card, contradictions = _card(receipt)
     known = "its peaks are known" if card is not None else "its peaks are not known"
-    yield Check("machine", f"{receipt.machine.get('gpu')}, {known}", (*problems, *_machine_problems(receipt)))
+    yield Check("machine", f"{receipt.machine.get('gpu')}, {known}", (*contradictions, *_machine_problems(receipt)))
     for number, export in enumerate(receipt.exports, 1):
         place = f"export {number}" if len(receipt.exports) > 1 else "export"
         yield Check(f"{place}, files", f"{len(export.files)} files", tuple(_file_problems(export)))
@@ -76,6 +77,10 @@ def checks_of_receipt(receipt: ReceivedReceipt) -> Iterator[Check]:
         for engine in export.engines:
             said = str(engine.figures["detail"])
             yield Check(f"{place}, {engine.file}", said, tuple(_engine_problems(engine, golden)))
+            if engine.layers is not None:
+                yield Check(
+                    f"{place}, {engine.file}, layers", _layers_said(engine.layers), tuple(_layer_problems(engine))
+                )
         rows = "not measured" if export.throughput is None else "every figure follows from its raw data"
         yield Check(f"{place}, throughput", rows, tuple(_throughput_problems(export, card)))
     yield Check("verdict", receipt.verdict, tuple(_verdict_problems(receipt)))
@@ -202,6 +207,10 @@ def _golden_problems(export: ReceivedExport, golden: Golden | None) -> Iterator[
     said = [finding["passed"] for finding in export.findings if finding["check"] == GOLDEN]
     if said != [telling]:
         yield f"{said} is written of whether answers can be told apart, and {telling} follows from the reference"
+    if golden is not None:
+        first = [export.images.index(image) for image in export.images]
+        if not np.array_equal(golden.outputs[first], golden.outputs):
+            yield "images are the same whose answers are not"
 
 
 def _engine_problems(engine: ReceivedEngine, golden: Golden | None) -> Iterator[str]:
@@ -224,16 +233,20 @@ def _engine_problems(engine: ReceivedEngine, golden: Golden | None) -> Iterator[
         yield first_line(error)
         return
     yield from differences(dict(engine.figures), again, "")
-    yield from _layer_problems(engine, again)
+    told = [engine.layers is not None, engine.layers_problem is not None]
+    if sum(told) != (0 if again["passed"] else 1):
+        yield "layers are told of an engine that fails, and of no other"
 
 
-def _layer_problems(engine: ReceivedEngine, figures: dict[str, Any]) -> Iterator[str]:
-    """Where the answers fail, and only there, the layers are told; each passes or not by its figures."""
+def _layers_said(layers: Sequence[Layer]) -> str:
+    departed = first_departure(layers)
+    return "none departs" if departed is None else f"departs first at {departed.name}"
+
+
+def _layer_problems(engine: ReceivedEngine) -> Iterator[str]:
+    """Each passes or not by its figures."""
     if engine.precision is None or engine.tolerance is None:
         return
-    told = [engine.layers is not None, engine.layers_problem is not None]
-    if sum(told) != (0 if figures["passed"] else 1):
-        yield "layers are told of an engine that fails, and of no other"
     gate = gate_with_tolerance(engine.precision, engine.tolerance)
     for layer in engine.layers or ():
         passes = layer_passes(gate, finite(layer.relative_error), finite(layer.sqnr_db), layer.non_finite)

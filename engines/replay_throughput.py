@@ -30,7 +30,10 @@ from engines.receipt_file import ReceivedExport
 from engines.roofline import PeakUnknown, bound_of
 from engines.timing import COMPUTE, D2H, H2D
 
-TOLD = ("machine", "versions", "settings", "warnings", "tool", "load_seconds", "first_seconds", "telemetry")
+TOLD = (
+    "tool", "settings", "warnings", "load_seconds", "first_seconds", "maximum_sm_clock_mhz", "sm_clock_mhz",
+    "memory_clock_mhz", "temperature_c", "throttled",
+)  # fmt: skip
 """Fields of a record that nothing else in a receipt depends on."""
 
 RELATIVE_TOLERANCE = 1e-9
@@ -194,11 +197,11 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
 
 
 def _telemetry(value: Value) -> dict[str, Any]:
-    """Told by the card; only the energy of an image follows from other numbers, if they are there."""
+    """Told by the card; where it counts energy, its power follows from that of an image, the images and the seconds."""
     told = {name: _told(item) for name, item in value.items().items()}
-    joules, images = told.get("joules"), told.get("images")
-    if isinstance(joules, float) and isinstance(images, float) and images > 0:
-        told["joules_per_image"] = joules / images
+    joules, images, seconds = (told.get(name) for name in ("joules_per_image", "images", "seconds"))
+    if isinstance(joules, float) and isinstance(images, float) and isinstance(seconds, float) and seconds > 0:
+        told["power_w"] = joules * images / seconds
     return told
 
 

@@ -11,6 +11,9 @@ enough to stay in the L2 cache is written and read faster than this counts, and 
 the next. Where those matter, at small batches of small images and on cards with much L2, a measurement can exceed 100 %
 of this bound; that is then printed as it is. So it can on a GeForce card where a compiler sums in half, at twice the
 peak in ``cards.json``.
+
+The bound is of the graph, fused at best, and not of what one compiler makes of it: INT8 by TensorRT for RTX moves more
+bytes than this, which ``engines.traffic`` counts.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class TensorType:
 
 
 class Operation:
-    """A node with what its inputs are. Everything that does not fit is a ``ValueError``."""
+    """A node with what its inputs are, which must all be known. Everything that does not fit is a ``ValueError``."""
 
     def __init__(self, node: Node, types: Mapping[str, TensorType], constants: Constants) -> None:
         self._node, self._types, self._constants = node, types, constants
@@ -55,15 +55,13 @@ class Operation:
         if not self.has(index):
             raise ValueError(f"it has no input {index}")
         name = self._node.inputs[index]
-        if name not in self._types:
-            raise ValueError(f"nothing before it makes {name}")
         if len(self._types[name].shape) < rank:
             raise ValueError(f"{name} has {len(self._types[name].shape)} axes, not {rank} or more")
         return self._types[name]
 
     def inputs(self) -> list[TensorType]:
-        """What all that are given are."""
-        return [self.input(index) for index in range(len(self._node.inputs)) if self.has(index)]
+        """What all of them are; none may be absent."""
+        return [self.input(index) for index in range(len(self._node.inputs))]
 
     def attribute(self, name: str, default: Attribute) -> Any:
         """An attribute, of the type of ``default``."""

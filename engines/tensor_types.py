@@ -49,6 +49,9 @@ def types_of_graph(file: OnnxFile, constants: Constants, size: Size | None = Non
         rule = RULES.get(node.op_type) if node.domain in OWN_DOMAINS else None
         if rule is None:
             raise rejected(file, node, "an operation that is not counted here")
+        missing = [name for name in node.inputs if name and name not in types]
+        if missing:
+            raise rejected(file, node, f"nothing before it makes {missing[0]}")
         try:
             result = rule(Operation(node, types, constants))
         except ValueError as error:
@@ -58,9 +61,9 @@ def types_of_graph(file: OnnxFile, constants: Constants, size: Size | None = Non
         if not node.outputs or node.outputs[0] in types:
             raise rejected(file, node, "its result has no name of its own")
         types[node.outputs[0]] = result
-    missing = [value.name for value in file.outputs if value.name not in types]
-    if missing:
-        raise InputRejected(f"{file.path}: nothing makes its output {missing[0]}; export it again")
+    unmade = [value.name for value in file.outputs if value.name not in types]
+    if unmade:
+        raise InputRejected(f"{file.path}: nothing makes its output {unmade[0]}; export it again")
     return types
 
 

@@ -197,7 +197,7 @@ def _draw_lines(axes: Axes, panel: str, curves: Sequence[Curve], styles: _Styles
     if curves:
         axes.set_yticks(range(len(curves)), [styles.name(curve) for curve in curves])
         axes.set_ylim(len(curves) - 0.5, -0.7)
-        axes.set_xlim(0, 1.08 * max(point.high for curve in curves for point in curve.points))
+        axes.set_xlim(0, 1.08 * max(point.high for curve in curves for point in curve.points) or 1)
     axes.set_title(label, loc="left", fontsize=9)
 
 

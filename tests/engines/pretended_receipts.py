@@ -11,8 +11,10 @@ import pathlib
 import shutil
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 
 import engines.bench
 from engines import layer_by_layer, receipt, verification
@@ -34,6 +36,16 @@ SECONDS = {"fp32": (200e-3, 10e-3), "fp16": (100e-3, 5e-3)}
 """What a batch takes on the pretended card, and each of its images."""
 
 Harm = Callable[[onnx.ModelProto], None]
+
+
+def scaled(name: str, factor: float = 1.01) -> Harm:
+    """Multiplies one weight of a graph."""
+
+    def harm(model: onnx.ModelProto) -> None:
+        (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(factor), name))
+
+    return harm
 
 
 def pretended_machine(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, harm: Harm | None = None) -> FakeMachine:
@@ -112,13 +124,22 @@ def _list_again(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def written_receipt(
-    source: pathlib.Path, folder: pathlib.Path, *, checkpoint: str | None = None, harm: Harm | None = None
+    source: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    checkpoint: str | None = None,
+    harm: Harm | None = None,
+    batches: tuple[int, ...] = (1, 4),
+    duration: float = 0.3,
+    with_gpu: bool = True,
 ) -> Iterator[dict[str, object]]:
     """The receipt of one export of the pretended machine, as plain values."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         machine = pretended_machine(monkeypatch, folder, harm)
         export = pretended_export(source, folder / "fashion", checkpoint=checkpoint, harm=harm)
-        request = Request((export,), Options(batches=(1, 4), duration=0.3))
+        if not with_gpu:
+            monkeypatch.setattr(receipt, "gpu_compute_capability", lambda _: None)
+        request = Request((export,), Options(batches=batches, duration=duration), allow_no_gpu=not with_gpu)
         made = receipt_from_folders(request)
         machine.assert_nothing_left()
         yield json.loads(json.dumps(made, allow_nan=False))

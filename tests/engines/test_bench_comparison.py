@@ -126,7 +126,7 @@ def test_every_file_has_begun_before_any_is_measured(sessions, measure, a, b):
     told = [name for name, _ in sessions.batches]
     assert told[:2] == ["a.onnx", "b.onnx"]
     assert told[-4:] == ["a.onnx"] * 2 + ["b.onnx"] * 2
-    assert told.count("a.onnx") == told.count("b.onnx") == 1 + 20 + 9 * 5 + 2 + (24 - 20)
+    assert told.count("a.onnx") == told.count("b.onnx")
     assert max(row.latency_ms[50].high for row in record.rows) < 11
 
 
@@ -295,8 +295,7 @@ def test_a_file_that_cannot_be_judged_is_measured_and_has_no_speed_up(sessions, 
 def test_where_nothing_was_checked_nothing_is_said_to_have_passed(measure, a):
     without_golden(a)
     record = measure(a)
-    assert not record.verdict.startswith("PASS")
-    assert "1 not checked" in record.verdict
+    assert record.verdict == "NOT CHECKED: none of 1 files was held to golden vectors"
     assert record.failures == []
 
 
@@ -454,7 +453,7 @@ def test_a_missing_file_is_refused_and_the_others_are_closed(sessions, measure, 
 
 
 def test_no_file_and_the_same_file_twice_are_refused(measure, a, b):
-    with pytest.raises(UsageError, match="^give at least one file$"):
+    with pytest.raises(UsageError, match=r"^give at least one file$"):
         measure()
     with pytest.raises(UsageError) as caught:
         measure(a, b, a)

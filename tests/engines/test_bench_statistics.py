@@ -13,6 +13,7 @@ from engines.bench.statistics import (
     AGREEMENT,
     FEWEST,
     PERCENTILES,
+    Estimate,
     Slices,
     agree,
     latency_percentile,
@@ -146,10 +147,10 @@ def test_intervals_are_seeded_and_shrink_as_the_root_of_the_rounds():
     assert width(latency_percentile(few, 50)) > 2 * width(latency_percentile(many, 50))
 
 
-def coverage(estimate, truth, runs=200):
-    """The part of simulated benchmarks of thirty rounds whose interval holds the truth."""
+def coverage(estimate, truth, runs=200, simulation=simulated, rounds=30):
+    """The part of simulated benchmarks of so many rounds whose interval holds the truth."""
     generator = np.random.default_rng(5)
-    found = [estimate(simulated(generator, 30)) for _ in range(runs)]
+    found = [estimate(simulation(generator, rounds)) for _ in range(runs)]
     return sum(interval.low <= truth <= interval.high for interval in found) / runs
 
 
@@ -158,11 +159,29 @@ def by_rounds(rounds):
 
 
 def as_if_independent(rounds):
-    return queries_per_second(slices([[latency] for round_ in rounds for latency in round_]))
+    """What the textbook says of so many queries that have nothing in common."""
+    latencies = np.concatenate(rounds)
+    reach = 1.96 * latencies.std() / math.sqrt(len(latencies))
+    return Estimate(1 / latencies.mean(), 1 / (latencies.mean() + reach), 1 / (latencies.mean() - reach))
 
 
-def test_the_interval_of_a_rate_holds_the_truth_in_nineteen_of_twenty_benchmarks():
-    assert 0.90 <= coverage(by_rounds, 100) <= 0.985
+@pytest.mark.parametrize("rounds", [9, 30, 60])
+def test_the_interval_of_a_rate_holds_the_truth_in_nineteen_of_twenty_benchmarks(rounds):
+    """Also of the fewest rounds that there are, where a slice is a single slow query."""
+    assert 0.92 <= coverage(by_rounds, 100, runs=400, rounds=rounds) <= 0.99
+
+
+def lingering(generator, rounds, share=0.5):
+    """What slows a round down still slows the next one, by half as much."""
+    moments = [generator.standard_normal()]
+    for _ in range(rounds - 1):
+        moments.append(share * moments[-1] + math.sqrt(1 - share**2) * generator.standard_normal())
+    return [[0.010 * (1 + 0.05 * moment)] * 3 for moment in moments]
+
+
+def test_rounds_that_are_like_the_ones_before_them_widen_the_interval():
+    """Taken for independent, the intervals of such rounds hold the truth in seven of ten benchmarks."""
+    assert coverage(by_rounds, 100, runs=400, simulation=lingering, rounds=60) >= 0.82
 
 
 def test_queries_taken_for_independent_would_claim_far_too_much():

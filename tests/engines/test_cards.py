@@ -103,7 +103,7 @@ def test_a_card_by_any_usual_spelling(written, key):
 
 
 @pytest.mark.parametrize(
-    ("written", "near"), [("rtx4080", "rtx4090"), ("l40", "l40s"), ("a1000", "a100"), ("rtx3070", "rtx3060")]
+    ("written", "near"), [("rtx4080", "rtx4090"), ("l40", "l40s"), ("a1000", "a100"), ("gtx1080", "gtx1080ti")]
 )
 def test_an_unknown_card_is_told_the_nearest_and_all(written, near):
     with pytest.raises(UsageError) as error:

@@ -215,7 +215,7 @@ ATTRIBUTES = st.dictionaries(
 
 
 @given(ATTRIBUTES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_attributes_are_read_as_the_onnx_package_reads_them(everything, attributes):
     node = helper.make_node("Own", ["x"], ["y"], name="own", domain="own", **attributes)
     path = everything.with_name("attributes.onnx")

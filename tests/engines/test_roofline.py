@@ -138,6 +138,20 @@ def test_int8_layers_read_and_write_a_byte_a_number(counted, form, width):
     assert works["head/Gemm"].read_bytes == 32
 
 
+def test_codes_that_are_flattened_on_the_way_are_still_codes(counted):
+    graph = QuantizedGraph(RTX).blocks(Block("stage0.0", 16)).head(10)
+    flatten = next(node for node in graph.nodes if node.op_type == "Flatten")
+    dequantize = next(node for node in graph.nodes if node.output[0] == "head/input/floats")
+    quantize = next(node for node in graph.nodes if node.output[0] == dequantize.input[0])
+    before = counted(graph.model())["head/Gemm"]
+    graph.nodes.remove(flatten)
+    graph.nodes.insert(graph.nodes.index(dequantize) + 1, flatten)
+    quantize.input[0], flatten.input[0], flatten.output[0] = "head/pooled", "head/input/floats", "flat"
+    next(node for node in graph.nodes if node.op_type == "Gemm").input[0] = "flat"
+    assert before.dtype == "int8"
+    assert counted(graph.model())["head/Gemm"] == before
+
+
 def test_codes_of_weights_alone_are_no_int8_arithmetic(counted):
     model = QuantizedGraph(RTX).blocks(Block("stage0.0", 16)).head(10).model()
     assert counted(model)["stage0.0/Conv"].dtype == "int8"
@@ -214,6 +228,14 @@ def test_what_two_nodes_read_is_read_once_each_and_written_once(counted):
     assert list(works) == ["stem", "dense", "after"]
     assert [work.written_bytes for work in works.values()] == [4 * 8 * 36] * 3
     assert [work.read_bytes for work in works.values()] == [4 * 8 * 36] * 3
+
+
+def test_a_relu_of_what_is_an_output_is_done_where_it_is_read(counted):
+    nodes = [BRANCHES[0], helper.make_node("Relu", ["in"], ["r"], name="r")]
+    nodes += [helper.make_node("Conv", ["r", "w1"], ["y"], name="after")]
+    for outputs in (("y",), ("y", "in")):
+        works = counted(graph_of(nodes, BRANCH_WEIGHTS, outputs=outputs))
+        assert [work.written_bytes for work in works.values()] == [4 * 8 * 36] * 2
 
 
 def test_what_nothing_makes_or_reads_is_a_kernel_of_its_own(counted):
@@ -331,6 +353,35 @@ def test_any_other_free_extent_is_refused(counted):
     model = graph_of([helper.make_node("Relu", ["x"], ["y"])], {}, shape=("N", "channels", 6, 6))
     with pytest.raises(InputRejected, match=r"x \(\?, \?, 6, 6\) has extents that are not known"):
         counted(model)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Small graphs with every kind of kernel."""
+    folder = tmp_path_factory.mktemp("whole")
+    quantized = QuantizedGraph(RTX, size=4).blocks(Block("a", 4), Block("b", 4, se=2), Block("c", 4, kept=True)).head(3)
+    for name, model in (("int8", quantized.model()), ("branches", graph_of(BRANCHES, BRANCH_WEIGHTS))):
+        (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    return folder
+
+
+@given(st.sampled_from(["int8", "branches"]), st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_damaged_graph_is_counted_or_refused_and_nothing_else(whole, name, data):
+    content = (whole / f"{name}.onnx").read_bytes()
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content) - 1))
+        content = content[:start] + data.draw(st.binary(max_size=4)) + content[start + data.draw(st.integers(0, 4)) :]
+    path = whole / "damaged.onnx"
+    path.write_bytes(content)
+    refusal = ""
+    try:
+        works = works_from_onnx(onnx_file_from_path(path))
+    except InputRejected as error:
+        works, refusal = (), str(error)
+    assert bool(works) != bool(refusal)
+    assert all(min(work.operations, work.read_bytes, work.written_bytes, work.weight_bytes) >= 0 for work in works)
+    assert not refusal or refusal.startswith(f"{path}: ")
 
 
 # --- the bound

@@ -242,6 +242,7 @@ WRONG = {
     "a matrix of three axes": (model_of("Gemm", (2, 3, 4), [zeros(4, 2)]), r"matrices of \[2, 3, 4\]"),
     "an addend of others": (model_of("Gemm", (2, 3), [zeros(3, 4), zeros(5)]), "do not fit"),
     "an addend of more": (model_of("Gemm", (1, 3), [zeros(3, 4), zeros(2, 4)]), r"\[2, 4\] added to \[1, 4\]"),
+    "an absent operand": (model_of("Add", IMAGE, [None, zeros(1)]), "it has no input 1"),
     "no axes": (model_of("ReduceMean", IMAGE), "it says no axes"),
     "squeezing all": (model_of("Squeeze", IMAGE), "axes"),
     "no shape": (model_of("Reshape", IMAGE), "it says no shape"),
@@ -263,6 +264,7 @@ def test_operands_that_do_not_fit_are_refused_with_the_node(tmp_path, kind):
 
 @pytest.mark.parametrize(("change", "said"), [
     (lambda node: node.input.__setitem__(0, "z"), "nothing before it makes z"),
+    (lambda node: node.input.append("z"), "nothing before it makes z"),
     (lambda node: node.output.pop(), "its result has no name of its own"),
     (lambda node: node.output.__setitem__(0, "x"), "its result has no name of its own"),
     (lambda node: setattr(node, "op_type", "Einsum"), "an operation that is not counted here"),

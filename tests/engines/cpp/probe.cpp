@@ -7,12 +7,15 @@
 //     probe infer ENGINE BATCH...     answers of batches of numbered images, in hexadecimal floats
 //     probe calls ENGINE              wrong calls, a line for each
 //     probe hash FILE...              SHA-256
+//     probe fault KIND                a fault that a sanitizer or the stub must see: leak, race, double free, unfreed
+#include <cuda_runtime_api.h>
 #include <repvgg_engine.h>
 
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <locale>
 #include <new>
 #include <string>
 #include <thread>
@@ -254,6 +257,28 @@ int hash(int count, char** paths) {
     return 0;
 }
 
+// As where a decimal point is a comma; a server may have any locale.
+struct Comma final : std::numpunct<char> {
+    char do_decimal_point() const override { return ','; }
+};
+
+int planted(const std::string& kind) {
+    void* memory = nullptr;
+    if (kind == "leak") {
+        for (int i = 0; i < 10; ++i) new char[100];
+    } else if (kind == "race") {
+        int shared = 0;
+        std::thread other([&shared] { ++shared; });
+        ++shared;
+        other.join();
+        return shared > 9 ? 1 : 0;
+    } else if (cudaMalloc(&memory, 16) == cudaSuccess && kind == "double free") {
+        static_cast<void>(cudaFree(memory));
+        static_cast<void>(cudaFree(memory));
+    }
+    return 0;
+}
+
 }  // namespace
 
 void* operator new(std::size_t size) { return allocated(size); }
@@ -265,12 +290,14 @@ void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); 
 
 int main(int count, char** texts) {
     const std::string what = count > 2 ? texts[1] : "";
+    if (std::getenv("PROBE_COMMA") != nullptr) std::locale::global(std::locale(std::locale(), new Comma));
     if (what == "load") return load(count - 2, texts + 2);
     if (what == "faults") return faults(texts[2]);
     if (what == "allocations") return failing_allocations(texts[2]);
     if (what == "threads") return threads(texts[2]);
     if (what == "infer") return infer(texts[2], count - 3, texts + 3);
     if (what == "calls") return wrong_calls(texts[2]);
+    if (what == "fault") return planted(texts[2]);
     if (what == "hash") return hash(count - 2, texts + 2);
     return 2;
 }

@@ -11,6 +11,7 @@
 //     affine NAME FACTOR TERM            an output of the input's shape
 //     fault KIND NAME                    nan, swap, half, host, vector, fixed: something is wrong with this output
 //     uncapturable                       the work cannot be recorded
+//     jitter FRACTION                    computations take in turn so much more and less
 //
 // Environment: STUB_DEVICES (1), STUB_CARD (86), STUB_VERSION, STUB_FAIL_CALL. A process that leaks, or did what a real
 // GPU would punish, says so on stderr at its end and exits with 86.
@@ -138,7 +139,7 @@ using Work = std::function<void(CUstream_st&)>;
 struct CUstream_st {
     int device = current_device;
     std::vector<Work> queue, captured;
-    bool capturing = false, broken = false;
+    bool capturing = false, broken = false, odd = false;
     double nanoseconds = 0;
 };
 struct CUevent_st {
@@ -368,7 +369,7 @@ struct Network {
     std::array<Dims, 3> profile{};
     std::vector<OutputOfStub> outputs;
     std::int64_t activations = 1;
-    double nanoseconds = 0;
+    double nanoseconds = 0, jitter = 0;
     bool capturable = true;
 
     const OutputOfStub* output(const char* name) const {
@@ -402,6 +403,7 @@ bool read_network(const void* blob, std::size_t size, Network& network) {
     while (text >> word) {
         if (word == "activations") text >> network.activations;
         if (word == "nanoseconds") text >> network.nanoseconds;
+        if (word == "jitter") text >> network.jitter;
         if (word == "uncapturable") network.capturable = false;
         if (word == "input") {
             int rank = 0;
@@ -560,7 +562,9 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
             if (fits) compute(output, images, shape, answers, values / static_cast<std::size_t>(shape.d[0]));
         }
         if (!fits) violated("a computation leaves its buffers");
-        on.nanoseconds += network_.nanoseconds * static_cast<double>(shape.d[0]);
+        on.odd = !on.odd;
+        on.nanoseconds +=
+            network_.nanoseconds * static_cast<double>(shape.d[0]) * (1 + (on.odd ? 1 : -1) * network_.jitter);
     }
 
     const Network& network_;
