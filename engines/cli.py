@@ -10,7 +10,7 @@ from engines.console import Parser, exit_code_of
 from engines.interrupts import Interrupts
 from engines.version import VERSION
 
-COMMANDS = ("verify", "run", "bench", "info", "build")
+COMMANDS = ("verify", "run", "bench", "roofline", "info", "build", "golden", "receipt", "replay")
 """Modules of ``engines.commands``, each with NAME, HELP, ``add_arguments`` and ``run``."""
 
 DESCRIPTION = """\

@@ -1,7 +1,8 @@
 """A receipt, checked again on a machine without a GPU: does every figure in it follow from its raw data?
 
     digest       the file is as it was written
-    engines      figures, verdicts and layers, from the answers, the golden reference and the gates
+    engines      figures and verdicts, from the answers, the golden reference and the gates
+    layers       whether each passes, from its figures, whose own raw data are too large to be kept
     throughput   rates, percentiles, intervals, speed-ups, the roofline      ``engines.replay_throughput``
     verdict      of the whole, and whether a GPU ran anything
     against      hashes and golden vectors are those of an export that is here
@@ -68,7 +69,9 @@ def checks_of_receipt(receipt: ReceivedReceipt) -> Iterator[Check]:
     yield Check("digest", "the file is as it was written", altered)
     card, contradictions = _card(receipt)
     known = "its peaks are known" if card is not None else "its peaks are not known"
-    yield Check("machine", f"{receipt.machine.get('gpu')}, {known}", (*contradictions, *_machine_problems(receipt)))
+    yield Check(
+        "machine", f"{receipt.machine.get('gpu') or 'no GPU'}, {known}", (*contradictions, *_machine_problems(receipt))
+    )
     for number, export in enumerate(receipt.exports, 1):
         place = f"export {number}" if len(receipt.exports) > 1 else "export"
         yield Check(f"{place}, files", f"{len(export.files)} files", tuple(_file_problems(export)))

@@ -34,7 +34,13 @@ TOLD = (
     "tool", "settings", "warnings", "load_seconds", "first_seconds", "maximum_sm_clock_mhz", "sm_clock_mhz",
     "memory_clock_mhz", "temperature_c", "throttled",
 )  # fmt: skip
-"""Fields of a record that nothing else in a receipt depends on."""
+"""Fields of a record that nothing else in a receipt depends on; nor does anything on a peak that binds no kernel."""
+
+TELEMETRY = (
+    "seconds", "images", "joules_per_image", "maximum_sm_clock_mhz", "sm_clock_mhz", "memory_clock_mhz",
+    "temperature_c", "power_w",
+)  # fmt: skip
+THROTTLED = "throttled"
 
 RELATIVE_TOLERANCE = 1e-9
 MOST_QUERIES, MOST_ROUNDS = 1 << 24, 1 << 20
@@ -198,18 +204,14 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
 
 def _telemetry(value: Value) -> dict[str, Any]:
     """Told by the card; where it counts energy, its power follows from that of an image, the images and the seconds."""
-    told = {name: _told(item) for name, item in value.items().items()}
-    joules, images, seconds = (told.get(name) for name in ("joules_per_image", "images", "seconds"))
-    if isinstance(joules, float) and isinstance(images, float) and isinstance(seconds, float) and seconds > 0:
+    fields = value.fields(*TELEMETRY, THROTTLED)
+    told: dict[str, Any] = {name: None if fields[name].value is None else fields[name].number() for name in TELEMETRY}
+    joules, images, seconds = (told[name] for name in ("joules_per_image", "images", "seconds"))
+    if joules is not None and images is not None and seconds:
         told["power_w"] = joules * images / seconds
+    reasons = fields[THROTTLED]
+    told[THROTTLED] = None if reasons.value is None else [reason.text() for reason in reasons.entries()]
     return told
-
-
-def _told(value: Value) -> Any:
-    """A number, a list of texts, or null."""
-    if value.value is None:
-        return None
-    return [text.text() for text in value.entries()] if isinstance(value.value, list) else value.number()
 
 
 def _bound(card: Card, load: Workload, batch: int, rate: float, medians: Mapping[str, float]) -> Bound | None:

@@ -47,6 +47,18 @@ def sizes_from_text(text: str) -> Sizes:
     return least, best, most
 
 
+def size_from_text(text: str) -> Size:
+    """``--size`` where only one is taken: ``"224"`` or ``"224x320"``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    least, _, most = sizes_from_text(text)
+    if least != most:
+        raise UsageError(f"--size: {text!r} is not one size, N or HxW")
+    return least
+
+
 def check_sizes(sizes: Sizes) -> None:
     """Raises ``UsageError`` unless ``sizes`` are a minimum, optimum and maximum that an engine could have."""
     if not is_ordered(sizes) or max(sizes[2]) > LARGEST_SIZE:

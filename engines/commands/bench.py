@@ -70,6 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 def options_from_arguments(arguments: argparse.Namespace) -> Options:
     """The options of the command line."""
     from engines.bench import Options
+    from engines.sizes import size_from_text
 
     given = {
         "batches": arguments.batch and integers_from_text("--batch", arguments.batch, ","),
@@ -82,16 +83,6 @@ def options_from_arguments(arguments: argparse.Namespace) -> Options:
         device=arguments.device,
         **{name: value for name, value in given.items() if value is not None},
     )
-
-
-def size_from_text(text: str) -> tuple[int, int]:
-    """``"224"`` or ``"224x320"`` to (height, width)."""
-    from engines.sizes import sizes_from_text
-
-    least, _, most = sizes_from_text(text)
-    if least != most:
-        raise UsageError(f"--size: {text!r} is not one size, N or HxW")
-    return least
 
 
 def written_report(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engines.arguments import LARGEST_BATCH, integers_from_text
-from engines.commands.bench import size_from_text
 from engines.errors import UsageError
-from engines.sizes import check_sizes
+from engines.sizes import check_sizes, size_from_text
 
 if TYPE_CHECKING:
     from engines.cards import Card

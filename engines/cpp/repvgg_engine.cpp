@@ -472,6 +472,15 @@ class Value {
         return Value(json_.entries[static_cast<std::size_t>(found - json_.names.begin())], inner);
     }
 
+    // Every value of an object, each at its name's place.
+    std::vector<Value> fields() const {
+        std::vector<Value> values;
+        for (std::size_t i = 0; i < names().size(); ++i) {
+            values.emplace_back(json_.entries[i], place_.empty() ? json_.names[i] : place_ + "." + json_.names[i]);
+        }
+        return values;
+    }
+
     // Refuses an object without one of these, or with another.
     void check_names(const std::vector<std::string>& expected) const {
         for (const std::string& name : expected) field(name);
@@ -721,7 +730,7 @@ Sidecar sidecar_from_json(const Json& json) {
     description.precision = file.field("precision").text();
     const Value hashes = file.field("sha256");
     hashes.check_names({"checkpoint", "onnx", "engine"});
-    for (const std::string& name : hashes.names()) hashes.field(name).sha256();
+    for (const Value& hash : hashes.fields()) hash.sha256();
     sidecar.engine_sha256 = hashes.field("engine").sha256();
     const Value sdk = file.field("sdk");
     sdk.check_names({"name", "version"});
@@ -736,7 +745,7 @@ Sidecar sidecar_from_json(const Json& json) {
     file.field("profile").check_names({description.input.name});
     description.profile = profile_of(file.field("profile").field(description.input.name), description.input);
     const Value assumptions = file.field("assumptions");
-    for (const std::string& name : assumptions.names()) assumptions.field(name).text();
+    for (const Value& assumption : assumptions.fields()) assumption.text();
     const Preprocessing preprocessing = preprocessing_of(file.field("preprocessing"), assumptions);
     description.mean = preprocessing.mean;
     description.std = preprocessing.std;

@@ -79,18 +79,13 @@ def steps(capability: int, folder: pathlib.Path, out: pathlib.Path) -> list[Step
     floating = tuple(name for name in precisions if name != "int8")
     on_rtx = sdk_of_card(capability) == "rtx"
     target = ("--sdk", "tensorrt_rtx", *(("--gpu", f"sm{capability}") if on_rtx else ()))
-    calibration = ("--calib", CALIBRATION)
+    images = ("--size", "28", "--calib", CALIBRATION)
+    of_fashion = ("exporter", SHIPPED, "--out", str(fashion), "--trt", ",".join(precisions), *images, *target)
+    of_network = ("exporter", str(checkpoint), "--out", str(network), "--trt", ",".join(floating), "--size", "224")
     made = [
-        Step(
-            ("exporter", SHIPPED, "--out", str(fashion), "--trt", ",".join(precisions), "--size", "28")
-            + (*calibration, *target),
-            sees_gpu=False,
-        ),
+        Step(of_fashion, sees_gpu=False),
         Step(("benchmarks.random_checkpoint", "A0", str(checkpoint)), sees_gpu=False),
-        Step(
-            ("exporter", str(checkpoint), "--out", str(network), "--trt", ",".join(floating), "--size", "224", *target),
-            sees_gpu=False,
-        ),
+        Step((*of_network, *target), sees_gpu=False),
     ]
     if not on_rtx:
         graphs = [fashion / f"fashion.{name}.onnx" for name in precisions]
@@ -113,13 +108,12 @@ def receipt(out: pathlib.Path) -> int:
     """
     made = steps(card_here(), FOLDER, out)
     FOLDER.mkdir(exist_ok=True)
-    out.unlink(missing_ok=True)
     for step in made:
         print(step.line, flush=True)
         code = run(step)
         if code != 0:
             break
-    if code in (0, VERIFICATION_FAILED) and out.is_file():
+    if step is made[-1] and code in (0, VERIFICATION_FAILED):
         found = "" if code == 0 else ", above all since something failed"
         print(f"{out} is written: please send it{found}: {WHERE}")
     return code

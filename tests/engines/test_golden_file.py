@@ -39,7 +39,7 @@ def hashed_again(content):
 def test_the_bytes_are_as_documented():
     body = b"".join(
         [
-            b"RVGOLDEN" + struct.pack("<IQI", 1, 278, 2),
+            struct.pack("<I", 2),
             struct.pack("<I", 1),
             struct.pack("<I", 4) + b"int8" + struct.pack("<Idd", 0, 0.25, 20.0),
             struct.pack("<I", 3),
@@ -51,7 +51,9 @@ def test_the_bytes_are_as_documented():
             struct.pack("<4f", *range(4)),
         ]
     )
-    assert SMALL.to_bytes() == body + hashlib.sha256(body).digest()
+    size = 8 + 4 + 8 + len(body) + 32
+    content = b"RVGOLDEN" + struct.pack("<IQ", 1, size) + body
+    assert SMALL.to_bytes() == content + hashlib.sha256(content).digest()
 
 
 def test_a_gate_without_an_sqnr():

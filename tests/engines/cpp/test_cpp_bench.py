@@ -125,7 +125,9 @@ def test_a_call_that_fails(programs, tmp_path, call, threads):
 
 
 def test_a_name_that_json_escapes(programs, tmp_path):
-    engine = write_engine(tmp_path, name='a "b"\\\té.engine')
+    folder = tmp_path / 'a "b"\\\té'
+    folder.mkdir()
+    engine = write_engine(folder)
     record = record_of(run(programs / "repvgg_bench", engine, "--duration", "0.01", "--json"))
     assert record["engine"] == str(engine)
 

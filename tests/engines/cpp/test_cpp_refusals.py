@@ -170,8 +170,8 @@ def test_what_tensorrt_says_is_passed_on_without_its_warnings(load, tmp_path):
     assert load(engine) == [
         (
             4,
-            "TensorRT for RTX: deserializeCudaEngine failed: this is no engine of the stub; check the GPU with nvidia-smi "
-            "and start the process again",
+            "TensorRT for RTX: deserializeCudaEngine failed: this is no engine of the stub; check the GPU with "
+            "nvidia-smi and start the process again",
         )
     ]
 
