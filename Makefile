@@ -4,7 +4,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 BINDINGS := 10.16.1.11 11.4.0.106
 
-.PHONY: demo test test-gpu check setup table benchmark clean
+.PHONY: demo test test-gpu receipt check setup table benchmark clean
 
 demo: $(READY)
 	$(BIN)/python -m exporter examples/fashion.pt --onnx --trt fp16 --size 28
@@ -16,6 +16,14 @@ test: check
 # For owners of a GPU; nothing here is part of make test.
 test-gpu: $(READY)
 	$(BIN)/python -m pytest tests/gpu --gpu
+
+# For owners of a GPU: what it writes is to be sent back, above all where something failed.
+receipt:
+	@PYTHONPATH=. $(PYTHON) examples/receipts/make_receipt.py --check
+	$(MAKE) $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  -e ".[$$($(BIN)/python examples/receipts/make_receipt.py --check)]"
+	$(BIN)/python examples/receipts/make_receipt.py --out receipt.json
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -35,12 +43,14 @@ $(READY): pyproject.toml constraints.txt
 	done
 	touch $(READY)
 
-# The README's tables of families are made from the tuples that decide what is recognised and what is refused.
+# The README's tables of families are made from the tuples that decide what is recognised and what is refused; the one of
+# GPUs from the receipts in examples/receipts.
 table: $(READY)
 	$(BIN)/python -m exporter.lineages.table README.md
+	$(BIN)/python -m engines.verified_on README.md
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/export_time.py
 
 clean:
-	rm -rf $(VENV) fashion *.egg-info
+	rm -rf $(VENV) fashion receipt-exports *.egg-info

@@ -17,13 +17,14 @@ where both forms gave the golden answers of the float64 network and its interval
 where timm is installed. On a CPU there is no fp16, since ONNX Runtime computes it in float32; with --provider, ONNX
 files run on the GPU; where a GPU answers, engines are built for it and run, too.
 
---out writes table.md, table.json with the records, and accuracy_speed.svg: published accuracy against the speed of the
-deployed float32 file here.
+--out writes table.md, table.json with the records, and accuracy_speed.svg (published accuracy against the speed of the
+deployed float32 file here), and does so after every network.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import platform
 import sys
@@ -55,25 +56,35 @@ NO_TIMM = "There are no ResNets: {problem}."
 Notify = Callable[[str], None]
 
 
-def table_from_networks(networks: Sequence[str], wanted: Wanted, told: Notify) -> tuple[Table, list[ReportedError]]:
+def table_from_networks(
+    networks: Sequence[str], wanted: Wanted, told: Notify, keep: Callable[[Table], None] = lambda table: None
+) -> tuple[Table, list[ReportedError]]:
     """Measures one network after the other; what goes wrong with one is told, and is no reason to lose the others.
 
+    Args:
+        networks: their titles.
+        wanted: how.
+        told: given a line for each.
+        keep: given the table so far, whenever it has grown.
+
     Raises:
-        ReportedError: nothing could be measured.
+        ReportedError: nothing could be measured, or kept.
     """
-    found, errors = [], []
+    found: list[Found] = []
+    errors: list[ReportedError] = []
     for number, title in enumerate(networks, 1):
         try:
             with tempfile.TemporaryDirectory(prefix="paper-table-") as directory:
                 found.append(_found(title, wanted, pathlib.Path(directory)))
-            told(f"{number} of {len(networks)}: {title} measured")
         except ReportedError as error:
             errors.append(error)
             told(f"{number} of {len(networks)}: {title} left out: {error}")
+            continue
+        told(f"{number} of {len(networks)}: {title} measured")
+        keep(_table(found, errors, networks, wanted))
     if not found:
         raise errors[0]
-    notes = _notes(found, networks, wanted) + [f"Left out: {error}" for error in errors]
-    return Table(tuple(found), tuple(_settings(wanted)), tuple(notes)), errors
+    return _table(found, errors, networks, wanted), errors
 
 
 def networks_from_text(text: str | None) -> tuple[str, ...]:
@@ -97,6 +108,20 @@ def _found(title: str, wanted: Wanted, directory: pathlib.Path) -> Found:
     if title in RESNETS:
         return found_of_resnet(title, wanted, directory)
     return found_of_repvgg(variant_from_title(title), wanted, directory)
+
+
+def _table(found: Sequence[Found], errors: Sequence[ReportedError], networks: Sequence[str], wanted: Wanted) -> Table:
+    left_out = [f"Left out: {error}" for error in errors]
+    return Table(tuple(found), tuple(_settings(wanted)), tuple(_notes(found, networks, wanted) + left_out))
+
+
+def _write(table: Table, folder: pathlib.Path) -> None:
+    contents = {
+        "table.md": markdown_from_table(table, with_plot=True).encode(),
+        "table.json": json_from_table(table).encode(),
+        "accuracy_speed.svg": svg_from_table(table),
+    }
+    write_together(folder, contents)
 
 
 def _settings(wanted: Wanted) -> list[tuple[str, str]]:
@@ -147,12 +172,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.out is not None:
             with drawing(), reported_write_errors(arguments.out):
                 arguments.out.mkdir(parents=True, exist_ok=True)
-        table, errors = table_from_networks(networks, wanted, lambda line: print(line, file=sys.stderr, flush=True))
-        text = markdown_from_table(table, with_plot=arguments.out is not None)
-        print(text, end="")
+        keep = (lambda table: None) if arguments.out is None else functools.partial(_write, folder=arguments.out)
+        table, errors = table_from_networks(
+            networks, wanted, lambda line: print(line, file=sys.stderr, flush=True), keep
+        )
+        print(markdown_from_table(table, with_plot=arguments.out is not None), end="")
         if arguments.out is not None:
-            contents = {"table.md": text.encode(), "table.json": json_from_table(table).encode()}
-            write_together(arguments.out, contents | {"accuracy_speed.svg": svg_from_table(table)})
+            _write(table, arguments.out)  # once more, with what was left out at the end
     except ReportedError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

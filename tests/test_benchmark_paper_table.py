@@ -33,6 +33,7 @@ from benchmarks.paper_table_networks import (
 )
 from benchmarks.paper_table_text import COLUMNS, DEPLOYED, INT8, MODULE, TRAINING, Found, FoundRow, Table
 from benchmarks.plain_export import RepVGG
+from engines.bench import rounds
 from engines.bench.statistics import Estimate
 from engines.errors import CompilerRefused, InputRejected, SdkMissing, UsageError
 from engines.golden import golden_from_file
@@ -48,6 +49,15 @@ SIZE, CLASSES = 32, 10
 TINY = Variant("tiny", "RepVGG", (1, 2, 2, 1, 1), (8, 8, 12, 16, 16))
 GROUPED = dataclasses.replace(TINY, name="tinyg2", groups=2)
 QUICK = Wanted(batch=2, size=SIZE, duration=0.01, provider=None, classes=CLASSES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_slices():
+    """How long is measured is no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("WARM_UP", 0.01), ("SLICE", 0.005), ("MOST_WINDOWS", 3)):
+            patch.setattr(rounds, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -443,6 +453,20 @@ def test_a_network_that_fails_does_not_take_the_others_along(tmp_path, monkeypat
     assert (tmp_path / "out" / "table.md").read_text() == printed.out
     assert len(set(used)) == 2
     assert not any(path.exists() for path in used)
+
+
+def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch, capsys):
+    def measure(variant, *_):
+        if variant.title == "RepVGG-A2":
+            raise KeyboardInterrupt
+        return dataclasses.replace(B0, network=variant.title)
+
+    monkeypatch.setattr(paper_table, "found_of_repvgg", measure)
+    with pytest.raises(KeyboardInterrupt):
+        paper_table.main(["--networks", "A0,A1,A2,B0", "--out", str(tmp_path)])
+    content = json.loads((tmp_path / "table.json").read_text())
+    assert [one["network"] for one in content["found"]] == ["RepVGG-A0", "RepVGG-A1"]
+    assert capsys.readouterr().err.splitlines()[-1] == "2 of 4: RepVGG-A1 measured"
 
 
 @pytest.mark.parametrize(

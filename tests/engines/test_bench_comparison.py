@@ -211,6 +211,20 @@ def test_what_is_judged_is_what_was_timed(sessions, measure, a):
     assert slices[-2:] == [1, 3]
 
 
+def test_answers_that_go_wrong_while_it_is_timed_are_seen(sessions, measure, a):
+    """After a first inference and a warm-up that were right."""
+    computed = []
+
+    def harm(output):
+        computed.append(len(output))
+        return with_nan(output) if computed.count(2) > 30 and len(output) == 2 else output
+
+    sessions.harm["a.onnx"] = harm
+    parity = measure(a, batches=(2,)).files[0].parity
+    assert (parity.passed, computed[-2:]) == (False, [1, 3])
+    assert "1 outputs are NaN or infinite" in parity.detail
+
+
 def test_every_golden_image_is_computed_even_where_a_batch_holds_but_one(sessions, measure, a):
     """Only the third image is answered wrongly, which a batch of one never holds."""
     sessions.harm["a.onnx"] = lambda output: output + np.array([[0], [1], [0]]) if len(output) == 3 else output

@@ -297,7 +297,7 @@ class Computing:
 
 
 def test_a_query_on_the_host_ends_where_the_next_begins(clock):
-    backend = Computing(clock, [0.5, 0.25, 0.125])
+    backend = Computing(clock, [0.5, 0.25, 0.125, 2.0])
     clock.now = 7.0
     feeds = {"input": np.zeros((1, 3))}
     queries = HostQueries(backend, feeds, clock)
@@ -308,3 +308,5 @@ def test_a_query_on_the_host_ends_where_the_next_begins(clock):
     assert clock.reads == 4
     assert all(fed is feeds for fed in backend.fed)
     assert queries.results()["output"].tolist() == [3]
+    assert queries.run(1).latencies.tolist() == [2.0]
+    assert queries.results()["output"].tolist() == [4]

@@ -133,6 +133,13 @@ def test_one_round_or_rounds_that_are_all_alike_leave_no_room():
         assert latency_percentile(found, 50).high == 0.010
 
 
+def test_an_interval_holds_its_value_also_where_rounding_would_put_it_outside():
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        found = queries_per_second(slices([[0.1] * generator.integers(1, 9) for _ in range(generator.integers(3, 40))]))
+        assert found.low <= found.value <= found.high
+
+
 def simulated(generator, rounds, queries=10, shared=0.1, own=0.02, mean=0.010):
     """Latencies of which those of a round share most of their noise; the truth is ``mean``."""
     moments = 1 + shared * generator.standard_normal((rounds, 1))

@@ -23,6 +23,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -33,6 +34,7 @@
 #include <mutex>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -49,8 +51,20 @@ struct Inside {
     ~Inside() { --stub::inside; }
 };
 
-std::atomic<long> live_count{0}, violation_count{0}, call_count{0}, failing_call{0};
-std::atomic<bool> fails_forever{false}, failure_happened{false};
+// Counted without an order among threads, which would hide the races of the program under test.
+class Counter {
+  public:
+    void operator++() { number_.fetch_add(1, std::memory_order_relaxed); }
+    void operator--() { number_.fetch_sub(1, std::memory_order_relaxed); }
+    long next() { return number_.fetch_add(1, std::memory_order_relaxed) + 1; }
+    void operator=(long number) { number_.store(number, std::memory_order_relaxed); }
+    operator long() const { return number_.load(std::memory_order_relaxed); }
+
+  private:
+    std::atomic<long> number_{0};
+};
+
+Counter live_count, violation_count, call_count, failing_call, fails_forever, failure_happened;
 
 void violated(const char* what) {
     ++violation_count;
@@ -59,9 +73,9 @@ void violated(const char* what) {
 
 // Whether this call is the one to fail.
 bool fails() {
-    const long call = ++call_count, failing = failing_call;
-    const bool now = failing > 0 && (call == failing || (fails_forever && call > failing));
-    if (now) failure_happened = true;
+    const long call = call_count.next(), failing = failing_call;
+    const bool now = failing > 0 && (call == failing || (fails_forever != 0 && call > failing));
+    if (now) failure_happened = 1;
     return now;
 }
 
@@ -613,8 +627,9 @@ class StubEngine final : public nvinfer1::ICudaEngine, Counted {
         const Inside inside;
         const auto* config = static_cast<StubConfig*>(runtimeConfig);
         if (!config->eager || !config->user_managed) violated("a context was made with another configuration");
-        // No two threads may be here at once: what is written here without a lock lets a sanitizer see them.
-        ++unguarded_;
+        if (making_.exchange(true)) violated("two threads made contexts of one engine at once");
+        std::this_thread::sleep_for(std::chrono::microseconds(200));  // long enough to meet another
+        making_ = false;
         return refused(logger_, "planted in createExecutionContext") ? nullptr
                                                                      : new StubContext(network_, logger_, contexts_);
     }
@@ -628,7 +643,7 @@ class StubEngine final : public nvinfer1::ICudaEngine, Counted {
     Network network_;
     nvinfer1::ILogger* logger_;
     std::atomic<long> contexts_{0};
-    long unguarded_ = 0;
+    std::atomic<bool> making_{false};
 };
 
 class StubRuntime final : public nvinfer1::IRuntime, Counted {
@@ -680,12 +695,12 @@ namespace stub {
 
 void fail_call(long number, bool forever) {
     call_count = 0;
-    failure_happened = false;
-    fails_forever = forever;
+    failure_happened = 0;
+    fails_forever = forever ? 1 : 0;
     failing_call = number;
 }
 
-bool has_failed() { return failure_happened; }
+bool has_failed() { return failure_happened != 0; }
 long calls() { return call_count; }
 long live() { return live_count; }
 long violations() { return violation_count; }
