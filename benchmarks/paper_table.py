@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.paper_table_measure import Wanted, found_of_repvgg, found_of_resnet
+from benchmarks.paper_table_measure import STEP, Wanted, found_of_repvgg, found_of_resnet
 from benchmarks.paper_table_networks import RESNETS, timm_problem, variant_from_title
 from benchmarks.paper_table_text import FP16, Found, Table, json_from_table, markdown_from_table, svg_from_table
 from engines.backends.onnx_runtime import check_provider
@@ -127,7 +127,7 @@ def _write(table: Table, folder: pathlib.Path) -> None:
 def _settings(wanted: Wanted) -> list[tuple[str, str]]:
     """What PyTorch adds to the settings in the record of the files."""
     return [
-        ("images", f"noise, {wanted.size}x{wanted.size}, batch {wanted.batch}"),
+        ("images", f"blocks of colour and noise, {wanted.size}x{wanted.size}, batch {wanted.batch}"),
         ("PyTorch", f"{torch.__version__} on {wanted.device}, {torch.get_num_threads()} threads, eager"),
         ("Python", platform.python_version()),
     ]
@@ -169,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         networks = networks_from_text(arguments.networks)
         check_provider(arguments.provider)
+        if wanted.size % STEP:
+            raise UsageError(f"--size {wanted.size}: give a multiple of {STEP}, by which the networks divide it")
         if arguments.out is not None:
             with drawing(), reported_write_errors(arguments.out):
                 arguments.out.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,11 @@ from torch import nn
 
 import exporter
 from benchmarks.int8_exporter import loaded_graph, quantize
+from benchmarks.int8_timing import structured_images
 from benchmarks.int8_worker import dataset_of
 from benchmarks.paper_table_eager import measured_modules
 from benchmarks.paper_table_networks import (
+    GOLDEN_IMAGES,
     deployed_module,
     multiply_accumulates_of,
     parameters_of,
@@ -40,7 +42,9 @@ from exporter.quantization.calibration import Settings
 from exporter.quantization.form import FORMS
 from exporter.variants import Variant
 
-CALIBRATION_NAME = "calibration.npz"
+IMAGES_NAME = "images.npz"
+STEP = 32
+"""Sizes are multiples of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,10 @@ def found_of_repvgg(variant: Variant, wanted: Wanted, directory: pathlib.Path) -
     checkpoint = directory / f"{name}.pt"
     model = random_network(variant, wanted.classes)
     torch.save(model.state_dict(), checkpoint)
-    exporter.export(checkpoint, directory, size=wanted.size, batch=_profile(wanted))
+    images = write_images(directory, wanted.size)
+    exporter.export(
+        checkpoint, directory, size=wanted.size, batch=_profile(wanted), calibration=images, ignore_witness=True
+    )
     files = {
         TRAINING: write_training_form(model, wanted.size, directory / f"{name}.training.onnx"),
         DEPLOYED: directory / f"{name}.onnx",
@@ -77,10 +84,10 @@ def found_of_repvgg(variant: Variant, wanted: Wanted, directory: pathlib.Path) -
     modules = {TRAINING: model, DEPLOYED: deployed_module(files[DEPLOYED])}
     notes: list[str] = []
     if gpu_compute_capability() is not None:
-        engines, notes = engines_for(checkpoint, wanted, directory)
+        engines, notes = engines_for(checkpoint, images, wanted, directory)
         files |= engines
     elif wanted.provider in (None, "cpu"):
-        files[INT8] = write_int8(files[DEPLOYED], directory)
+        files[INT8] = write_int8(files[DEPLOYED], images)
     return _found(name, modules, files, wanted, directory, notes)
 
 
@@ -96,28 +103,27 @@ def found_of_resnet(title: str, wanted: Wanted, directory: pathlib.Path) -> Foun
     return _found(title, {TRAINING: module}, files, wanted, directory, [])
 
 
-def write_int8(float32: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
-    """Quantizes the deployed file, calibrated on the golden images: ranges of other noise would not do for them."""
-    images, path = write_calibration_images(directory), float32.with_suffix(".int8.onnx")
+def write_int8(float32: pathlib.Path, images: pathlib.Path) -> pathlib.Path:
+    """Quantizes the deployed file, calibrated on the images that its answers are compared on."""
+    path = float32.with_suffix(".int8.onnx")
     quantize(loaded_graph(float32), dataset_of(images, float32), path, Settings(FORMS[0]))
     write_onnx(with_metadata(graph_from_file(path), {"precision": "int8"}), path.with_suffix(".named"))
     return path.with_suffix(".named").replace(path)
 
 
-def write_calibration_images(directory: pathlib.Path) -> pathlib.Path:
-    """The golden images of the export in ``directory``, as calibration takes them."""
-    path = directory / CALIBRATION_NAME
-    np.savez(path, images=telling_golden(directory / GOLDEN_NAME).images)
+def write_images(directory: pathlib.Path, size: int) -> pathlib.Path:
+    """Images of one loudness: on an export's own noise, answers of random weights differ by a hundred times."""
+    path = directory / IMAGES_NAME
+    np.savez(path, images=structured_images(GOLDEN_IMAGES, size))
     return path
 
 
 def engines_for(
-    checkpoint: pathlib.Path, wanted: Wanted, directory: pathlib.Path
+    checkpoint: pathlib.Path, images: pathlib.Path, wanted: Wanted, directory: pathlib.Path
 ) -> tuple[dict[str, pathlib.Path], list[str]]:
     """Engines for the GPU that is here, each exported to a directory of its own; and why one is missing."""
     found: dict[str, pathlib.Path] = {}
     notes: list[str] = []
-    images = write_calibration_images(directory)
     for precision in (FP16, INT8):
         out = directory / precision
         try:
@@ -128,7 +134,7 @@ def engines_for(
                 trt=(precision,),
                 size=wanted.size,
                 batch=_profile(wanted),
-                calibration=images if precision == INT8 else None,
+                calibration=images,
                 ignore_witness=True,
             )
         except ReportedError as error:

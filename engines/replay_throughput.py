@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from engines.bench.cautions import warnings_of_row
 from engines.bench.contenders import Parity
 from engines.bench.options import Setting
-from engines.bench.record import Bound, FileRow, Record, Row, unpacked
+from engines.bench.record import FileRow, Record, Row, unpacked
 from engines.bench.rounds import MOST_WINDOWS, WINDOWS, Measurement
+from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
-from engines.bench.statistics import PERCENTILES, Estimate, Slices, latency_percentile, queries_per_second, variation
+from engines.bench.statistics import Slices
 from engines.bench.workload import Workload
 from engines.cards import Card
 from engines.fused_kernels import Work
 from engines.json_value import Value
 from engines.receipt_file import ReceivedExport
-from engines.roofline import PeakUnknown, bound_of
 from engines.timing import COMPUTE, D2H, H2D
 
 TOLD = (
@@ -46,7 +46,6 @@ RELATIVE_TOLERANCE = 1e-9
 MOST_QUERIES, MOST_ROUNDS = 1 << 24, 1 << 20
 LARGEST_NUMBER = 1 << 1000
 """Beyond it an integer of JSON is no float."""
-MILLISECONDS = 1e3
 SHORTEST, LONGEST = 1e-9, 1e6
 """Seconds of a slice, far beyond what any takes."""
 RECORD_FIELDS = ("schema", "tool", "machine", "versions", "settings", "files", "rows", "warnings", "verdict")
@@ -170,35 +169,16 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
     """The row that its facts give, still without a speed-up."""
     facts = {name: value.field(name) for name in ROW_FACTS}
     file, batch = facts["file"].file_name(), facts["batch"].whole_number(least=1)
-    measurement = _measurement(facts["raw"])
-    counted, load = measurement.counted, _workload(works, file)
-    rate = queries_per_second(counted)
-    medians = {part: float(np.median(measurement.counted_part(part))) for part in measurement.parts}
-    steady = measurement.counted_part(COMPUTE) if COMPUTE in measurement.parts else counted.latencies
-    percentiles = {percent: latency_percentile(counted, percent) for percent in PERCENTILES}
     telemetry = facts["telemetry"]
-    return Row(
+    return row_from_measurement(
+        _measurement(facts["raw"]),
         file=file,
         batch=batch,
         way=facts["way"].text(),
         first_seconds=facts["first_seconds"].number(),
-        queries=counted.queries,
-        images_per_second=_times(rate, batch),
-        queries_per_second=rate,
-        latency_ms={
-            percent: None if found is None else _times(found, MILLISECONDS) for percent, found in percentiles.items()
-        },
-        parts_ms={part: median * MILLISECONDS for part, median in medians.items()},
-        variation=variation(steady),
-        windows=tuple(batch * rate for rate in measurement.windows),
-        settled=measurement.settled,
-        speedup=None,
-        against=None,
-        no_speedup=None,
-        bytes_per_image=load.bytes_per_image(batch),
-        bound=None if card is None else _bound(card, load, batch, rate.value, medians),
+        load=_workload(works, file),
+        card=card,
         telemetry=None if telemetry.value is None else _telemetry(telemetry),
-        measurement=measurement,
     )
 
 
@@ -212,22 +192,6 @@ def _telemetry(value: Value) -> dict[str, Any]:
     reasons = fields[THROTTLED]
     told[THROTTLED] = None if reasons.value is None else [reason.text() for reason in reasons.entries()]
     return told
-
-
-def _bound(card: Card, load: Workload, batch: int, rate: float, medians: Mapping[str, float]) -> Bound | None:
-    if load.problem is not None:
-        return None
-    try:
-        least = bound_of(load.works, card, batch)
-    except PeakUnknown:
-        return None
-    copying = medians.get(H2D, 0.0) + medians.get(D2H, 0.0)
-    binds = "transfers" if copying > medians.get(COMPUTE, np.inf) else least.binds
-    return Bound(card.title, least.seconds * MILLISECONDS, binds, 100 * least.seconds * rate)
-
-
-def _times(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor)
 
 
 def _measurement(value: Value) -> Measurement:

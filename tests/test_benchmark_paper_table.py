@@ -225,13 +225,15 @@ def test_engines_are_exported_for_fp16_and_int8_and_a_refusal_is_noted(measured_
     asked = []
 
     def export(checkpoint, out, **options):
-        asked.append((out.name, options["trt"], options["batch"], options["calibration"] is not None))
+        asked.append((out.name, options["trt"], options["batch"], options["calibration"].name))
         if options["trt"] == ("int8",):
             raise CompilerRefused("no INT8 today")
 
     monkeypatch.setattr(exporter, "export", export)
-    found, notes = engines_for(folder / "RepVGG-tinyg2.pt", dataclasses.replace(QUICK, batch=64), folder)
-    assert asked == [("fp16", ("fp16",), (1, 64, 64), False), ("int8", ("int8",), (1, 64, 64), True)]
+    found, notes = engines_for(
+        folder / "RepVGG-tinyg2.pt", folder / "images.npz", dataclasses.replace(QUICK, batch=64), folder
+    )
+    assert asked == [(name, (name,), (1, 64, 64), "images.npz") for name in ("fp16", "int8")]
     assert found == {"fp16": folder / "fp16" / "RepVGG-tinyg2.fp16.engine"}
     assert notes == ["RepVGG-tinyg2: no int8 engine: no INT8 today"]
 
@@ -471,7 +473,11 @@ def test_what_was_measured_before_an_interruption_is_kept(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
-    [(["--networks", "A9"], 2, "A9: unknown"), (["--networks", "A0", "--provider", "x"], 2, "provider 'x': unknown")],
+    [
+        (["--networks", "A0", "--size", "100"], 2, "--size 100: give a multiple of 32"),
+        (["--networks", "A9"], 2, "A9: unknown"),
+        (["--networks", "A0", "--provider", "x"], 2, "provider 'x': unknown"),
+    ],
 )
 def test_an_error_is_one_line_and_a_code(arguments, code, message, monkeypatch, capsys):
     monkeypatch.setattr(paper_table, "found_of_repvgg", lambda *_: pytest.fail("measured"))

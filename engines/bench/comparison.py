@@ -15,32 +15,21 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from engines.bench.cautions import warnings_of_files, warnings_of_left_out, warnings_of_row
 from engines.bench.contenders import Contender, Parity, Way, opened_contenders
 from engines.bench.device import Device, device_of
 from engines.bench.machine import machine, versions
 from engines.bench.options import DEFAULT_BATCHES, Options, check_options, settings_of
-from engines.bench.record import Bound, FileRow, Record, Row
-from engines.bench.rounds import Clock, Measurement, measured
+from engines.bench.record import FileRow, Record, Row
+from engines.bench.rounds import Clock, measured
+from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
-from engines.bench.statistics import (
-    PERCENTILES,
-    Estimate,
-    latency_percentile,
-    queries_per_second,
-    variation,
-)
 from engines.bench.workload import Workload, workload_of
 from engines.errors import UsageError
 from engines.kind import ONNX
-from engines.timing import COMPUTE, D2H, H2D, Queries
-
-MILLISECONDS = 1e3
+from engines.timing import Queries
 
 
 @dataclasses.dataclass
@@ -176,7 +165,18 @@ def _rows_of_batch(
             telemetry = None
             if device is not None:
                 telemetry = device.telemetry(lane.queries, batch, options.duration, clock)
-            rows.append(_row(lane, names[place], batch, measurement, device, loads[place], telemetry))
+            rows.append(
+                row_from_measurement(
+                    measurement,
+                    file=names[place],
+                    batch=batch,
+                    way=lane.way.title,
+                    first_seconds=lane.first_seconds,
+                    load=loads[place],
+                    card=None if device is None else device.card,
+                    telemetry=telemetry,
+                )
+            )
         return rows, judged
 
 
@@ -192,61 +192,6 @@ def _lane(
         return None
     queries.run(1)
     return _Lane(contender, way, queries, golden_rows, getattr(queries, "first_seconds", clock() - started))
-
-
-def _row(
-    lane: _Lane,
-    name: str,
-    batch: int,
-    measurement: Measurement,
-    device: Device | None,
-    load: Workload,
-    telemetry: dict[str, Any] | None,
-) -> Row:
-    counted = measurement.counted
-    rate = queries_per_second(counted)
-    medians = {part: float(np.median(measurement.counted_part(part))) for part in measurement.parts}
-    steady = measurement.counted_part(COMPUTE) if COMPUTE in measurement.parts else counted.latencies
-    return Row(
-        file=name,
-        batch=batch,
-        way=lane.way.title,
-        first_seconds=lane.first_seconds,
-        queries=counted.queries,
-        images_per_second=_times(rate, batch),
-        queries_per_second=rate,
-        latency_ms={percent: _in_ms(latency_percentile(counted, percent)) for percent in PERCENTILES},
-        parts_ms={part: median * MILLISECONDS for part, median in medians.items()},
-        variation=variation(steady),
-        windows=tuple(batch * rate for rate in measurement.windows),
-        settled=measurement.settled,
-        speedup=None,
-        against=None,
-        no_speedup=None,
-        bytes_per_image=load.bytes_per_image(batch),
-        bound=_bound(device, load, batch, rate.value, medians),
-        telemetry=telemetry,
-        measurement=measurement,
-    )
-
-
-def _bound(
-    device: Device | None, load: Workload, batch: int, rate: float, medians: Mapping[str, float]
-) -> Bound | None:
-    """The least time for a query on the card, and how near the row comes to it."""
-    if device is None or device.card is None or (least := load.bound(device.card, batch)) is None:
-        return None
-    copying = medians.get(H2D, 0.0) + medians.get(D2H, 0.0)
-    binds = "transfers" if copying > medians.get(COMPUTE, np.inf) else least.binds
-    return Bound(device.card.title, least.seconds * MILLISECONDS, binds, 100 * least.seconds * rate)
-
-
-def _times(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor)
-
-
-def _in_ms(estimate: Estimate | None) -> Estimate | None:
-    return None if estimate is None else _times(estimate, MILLISECONDS)
 
 
 def _together(parities: Sequence[Parity]) -> Parity:

@@ -166,6 +166,6 @@ def unpacked(text: str, count: int) -> NDArray[np.float64]:
         data = inflater.decompress(base64.b64decode(text, validate=True), 8 * count + 1)
     except zlib.error as error:
         raise ValueError(f"not deflated: {error}") from None
-    if len(data) != 8 * count or not inflater.eof:
+    if len(data) != 8 * count or not inflater.eof or inflater.unused_data:
         raise ValueError(f"not {count} numbers")
     return np.frombuffer(data, "<u8") / NANOSECONDS

@@ -227,7 +227,8 @@ def test_a_shape_whose_size_overflows(programs, tmp_path):
     place = content.index(shape)
     for extents in [(4, 65536, 65536, 65536), (4, 65536, 65536, 16384), (4, 65535, 1, 1), (4, *[65536] * 4)]:
         changed = content[: place - 4] + struct.pack(f"<{1 + len(extents)}I", len(extents), *extents)
-        changed += bytes(16 - len(changed) % 16) + content[place + 16 : -32]
+        changed += content[place + 16 : -32]
+        changed = changed[:12] + struct.pack("<Q", len(changed) + 32) + changed[20:]
         path.write_bytes(changed + hashlib.sha256(changed).digest())
         done = run(programs / "repvgg_verify", engine, path)
         assert (done.returncode, "it ends too early" in done.stderr) == (3, True)
