@@ -1,6 +1,7 @@
 """Whether a file's answers to the golden images are the network's: the one place where that is decided.
 
-within the gate   relative error, SQNR and top-1 by the precision (``engines.parity``)
+within the gate   relative error, SQNR and top-1 by the precision (``engines.parity``); an answer alone is held to
+                  the same error as among the others: relative to the largest of all golden answers
 not mixed up      each answer is nearest to that of its own image (``engines.golden``)
 """
 
@@ -53,7 +54,7 @@ def judgement(
     rows = list(range(len(golden.images)) if images is None else images)
     answers, reference = golden.joined(outputs), golden.outputs[rows]
     gate = golden.layout.gate(gate)
-    comparison = compare(reference, answers)
+    comparison = compare(reference, answers, scale_of=golden.outputs)
     failure = gate.failure(comparison)
     mixed_up = [] if failure else golden.mixed_up(answers, rows)
     if mixed_up:

@@ -87,8 +87,15 @@ GATES = {
 """By precision, against the training-time network in float64."""
 
 
-def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) -> Comparison:
+def compare(
+    reference: NDArray[np.floating], candidate: NDArray[np.floating], *, scale_of: NDArray[np.floating] | None = None
+) -> Comparison:
     """Compares two (n, classes) arrays of any float dtype, in float64.
+
+    Args:
+        reference: what should have been computed.
+        candidate: what was.
+        scale_of: what errors and noise are set against, where ``reference`` is a part of it; None for ``reference``.
 
     Raises:
         ValueError: the shapes differ, or there is nothing to compare.
@@ -96,13 +103,14 @@ def compare(reference: NDArray[np.floating], candidate: NDArray[np.floating]) ->
     if reference.shape != candidate.shape or reference.ndim != 2 or reference.size == 0:
         raise ValueError(f"outputs cannot be compared: shapes {reference.shape} and {candidate.shape}")
     r, y = reference.astype(np.float64), candidate.astype(np.float64)
+    whole = r if scale_of is None else scale_of.astype(np.float64)
     non_finite = int(y.size - np.isfinite(y).sum()) + int(r.size - np.isfinite(r).sum())
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         error = np.abs(y - r)
-        scale, noise = float(np.abs(r).max()), float((error**2).sum())
+        scale, noise = float(np.abs(whole).max()), float((error**2).mean())
         worst = float(error.max())
         relative = worst / scale if scale > 0 else (0.0 if worst == 0 else math.inf)
-        sqnr = math.inf if noise == 0 else 10 * math.log10(max(float((r**2).sum()) / noise, 1e-300))
+        sqnr = math.inf if noise == 0 else 10 * math.log10(max(float((whole**2).mean()) / noise, 1e-300))
         length = math.sqrt(float((r**2).sum()) * float((y**2).sum()))
         cosine = float((r * y).sum()) / length if length else (1.0 if worst == 0 else 0.0)
         margin = margins(r)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Sequence
@@ -69,7 +70,7 @@ def bench(
     with opened_contenders(list(paths), options, clock) as contenders, contextlib.ExitStack() as resources:
         batches = batches_of(contenders, options)
         device = device_of(contenders, options, resources)
-        loads = [workload_of(contender.path, options.size) for contender in contenders]
+        loads = [workload_of(contender.path, contender.size(options.size)) for contender in contenders]
         parities: list[list[Parity]] = [[] for _ in contenders]
         rows: list[Row] = []
         for batch in batches:
@@ -87,7 +88,12 @@ def bench(
         return Record(
             machine=machine(device),
             versions=versions(),
-            settings=settings_of(options, batches, with_onnx=any(contender.kind == ONNX for contender in contenders)),
+            settings=settings_of(
+                options,
+                batches,
+                with_onnx=any(contender.kind == ONNX for contender in contenders),
+                with_gpu=device is not None,
+            ),
             files=tuple(files),
             rows=tuple(with_speed_ups(rows, files)),
             warnings=(
@@ -100,20 +106,18 @@ def bench(
 
 
 def names_of(paths: Sequence[pathlib.Path]) -> list[str]:
-    """The files' names, or their paths where two files have the same name.
+    """The files' names, with as many of their directories as it takes to tell them apart, and no more.
 
     Raises:
         UsageError: there is no file, or one is given twice.
     """
     if not paths:
         raise UsageError("give at least one file")
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
-    twice = [name for index, name in enumerate(names) if name in names[:index]]
+    twice = [path for index, path in enumerate(paths) if path in paths[:index]]
     if twice:
         raise UsageError(f"{twice[0]} is given twice")
-    return names
+    tails = ([pathlib.Path(*path.parts[-length:]).as_posix() for path in paths] for length in itertools.count(1))
+    return next(names for names in tails if len(set(names)) == len(names))
 
 
 def batches_of(contenders: Sequence[Contender], options: Options) -> tuple[int, ...]:
@@ -195,8 +199,9 @@ def _lane(
 
 
 def _together(parities: Sequence[Parity]) -> Parity:
-    """The first failure, else what the run of all golden images says."""
-    return next((parity for parity in parities if parity.passed is False), parities[0])
+    """The first failure, else the first that could not be checked, else what the run of all golden images says."""
+    worst = (parity for passed in (False, None) for parity in parities if parity.passed is passed)
+    return next(worst, parities[0])
 
 
 def _file_row(contender: Contender, name: str, parity: Parity, load: Workload) -> FileRow:

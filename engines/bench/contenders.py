@@ -130,7 +130,7 @@ class Contender:
         Raises:
             UsageError: height and width are free, and nothing says what they should be; or they cannot be ``size``.
         """
-        shape = self._shape(size)
+        shape = (self.backend.inputs[0].shape[1] or 0, *self.size(size))
         if isinstance(self.golden, Golden) and self.golden.images.shape[1:] == shape:
             rows = [row % len(self.golden.images) for row in range(batch)]
             return np.ascontiguousarray(self.golden.images[rows]), rows
@@ -160,24 +160,28 @@ class Contender:
         except (InputRejected, UsageError) as error:
             return Parity(passed=False, detail=str(error).removeprefix(f"{self.path}: "))
 
-    def _shape(self, size: Size | None) -> tuple[int, ...]:
-        """Channels, height and width."""
-        _, channels, *extents = self.backend.inputs[0].shape
-        if None not in extents:
-            if size not in (None, tuple(extents)):
-                raise UsageError(f"--size: {self.path} takes images of {'x'.join(map(str, extents))} alone")
-            return (channels or 0, *(extent or 0 for extent in extents))
-        chosen = size or self._usual_size()
-        shape = (channels or 0, *chosen)
-        check_extents(self.backend.inputs[0].name, (1, *shape), getattr(self.backend, "profile", {}))
-        return shape
+    def size(self, asked: Size | None) -> Size:
+        """Height and width of the images: as ``asked`` for, else the file's own, else those of the golden images.
 
-    def _usual_size(self) -> Size:
-        """Of the golden images, else what the file says of itself."""
-        if isinstance(self.golden, Golden):
-            height, width = self.golden.images.shape[2:]
-            return height, width
-        raise UsageError(f"--size: {self.path} takes images of any size, and has no {GOLDEN_NAME}; say which")
+        Raises:
+            UsageError: nothing says what they should be, or they cannot be as asked for.
+        """
+        description = self.backend.inputs[0]
+        _, channels, height, width = description.shape
+        own = None if height is None or width is None else (height, width)
+        golden = self.golden.images.shape[2:] if isinstance(self.golden, Golden) else None
+        chosen = asked or own or golden
+        if chosen is None:
+            raise UsageError(f"--size: {self.path} takes images of any size, and has no {GOLDEN_NAME}; say which")
+        if not all(fixed in (None, extent) for fixed, extent in zip((height, width), chosen, strict=True)):
+            takes = "x".join("?" if extent is None else str(extent) for extent in (height, width))
+            raise UsageError(f"--size: {self.path} takes images of {takes} alone")
+        try:
+            shape = (1, channels or 0, *chosen)
+            check_extents(description.name, shape, getattr(self.backend, "profile", {}))
+        except UsageError as error:
+            raise UsageError(f"--size: {self.path}: {error}") from None
+        return chosen[0], chosen[1]
 
 
 @contextlib.contextmanager
@@ -185,9 +189,14 @@ def opened_contenders(paths: list[pathlib.Path], options: Options, clock: Clock)
     """Opens the files one after the other, timing each, and closes them all.
 
     Raises:
+        UsageError: settings of ONNX Runtime, and no ONNX file.
         InputRejected: a file cannot be run, or takes something else than images.
         SdkMissing: what it runs on is not here.
     """
+    if all(kind_of_file(path) != ONNX for path in paths):
+        for flag, given in (("--provider", options.provider), ("--threads", options.threads)):
+            if given is not None:
+                raise UsageError(f"{flag} is for ONNX files, and only engines are given; leave it out")
     with contextlib.ExitStack() as resources:
         yield [_opened(path, options, clock, resources) for path in paths]
 

@@ -197,4 +197,4 @@ def _all(value: Value, name: str) -> list[Value]:
 
 def figure(value: float) -> str:
     """Three digits, or all that stand before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"

@@ -13,6 +13,7 @@ from engines.sizes import LARGEST_SIZE, Size, text_of_size
 
 DEFAULT_BATCHES = (1, 8, 32)
 DURATION, LARGEST_DURATION = 3.0, 3600.0
+LARGEST_THREADS = 1024
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUDA_MODULE_LOADING")
 """Variables that change what is measured; those that are set are among the settings."""
 
@@ -50,8 +51,8 @@ def check_options(options: Options) -> None:
             raise UsageError(f"--batch: give whole numbers from 1 to {LARGEST_BATCH}, with commas")
         if len(set(options.batches)) != len(options.batches):
             raise UsageError("--batch: a batch is given twice")
-    if options.threads is not None and options.threads < 1:
-        raise UsageError(f"--threads {options.threads}: give at least 1")
+    if options.threads is not None and not 1 <= options.threads <= LARGEST_THREADS:
+        raise UsageError(f"--threads {options.threads}: give a whole number from 1 to {LARGEST_THREADS}")
     if options.threads is not None and options.provider not in (None, "cpu"):
         raise UsageError(f"--threads is for ONNX Runtime on the CPU, and --provider is {options.provider}")
     if not 0 < options.duration <= LARGEST_DURATION:
@@ -61,7 +62,12 @@ def check_options(options: Options) -> None:
 
 
 def settings_of(
-    options: Options, batches: tuple[int, ...], *, with_onnx: bool, environment: Mapping[str, str] = os.environ
+    options: Options,
+    batches: tuple[int, ...],
+    *,
+    with_onnx: bool,
+    with_gpu: bool = True,
+    environment: Mapping[str, str] = os.environ,
 ) -> tuple[Setting, ...]:
     """Everything that was set, chosen or left alone.
 
@@ -69,13 +75,15 @@ def settings_of(
         options: as asked for.
         batches: that were measured.
         with_onnx: ONNX files are among the files, so that ONNX Runtime's settings matter.
+        with_gpu: something is computed on a GPU, so that it matters which.
         environment: variables of the process.
     """
     found = [
         Setting("batch", ",".join(map(str, batches)), _source("--batch", is_default=options.batches is None)),
         Setting("duration", f"{options.duration:g} s", _source("--duration", is_default=options.duration == DURATION)),
-        Setting("device", str(options.device), _source("--device", is_default=options.device == 0)),
     ]
+    if with_gpu:
+        found.append(Setting("device", str(options.device), _source("--device", is_default=options.device == 0)))
     if options.size is not None:
         found.append(Setting("size", text_of_size(options.size), "--size"))
     if with_onnx:

@@ -76,7 +76,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Everything that one benchmark found; ``verdict`` begins with PASS or FAIL."""
+    """Everything that one benchmark found; ``verdict`` begins with PASS, FAIL or NOT CHECKED."""
 
     machine: dict[str, Any]
     versions: dict[str, str]

@@ -2,7 +2,7 @@
 
     warm-up   each row alone, WARM_UP seconds, after its first query, which is timed apart
     slice     about SLICE seconds of one row's queries, at least one; as long as the slowest row's single query
-    round     a slice of every row
+    round     a slice of every row, in another order each, so that none always follows the same one
     window    rounds in which every row was measured for a third of the duration
     settled   the rates of the last WINDOWS windows agree (``engines.bench.statistics.agree``)
 
@@ -28,6 +28,7 @@ Clock = Callable[[], float]
 """Gives seconds."""
 
 NANOSECONDS = 1e9
+SEED = 0
 WARM_UP, FEWEST_WARM_UPS = 0.2, 3
 SLICE = 0.05
 FEWEST_ROUNDS = 3
@@ -84,12 +85,13 @@ def measured(rows: Sequence[Queries], duration: float, clock: Clock) -> list[Mea
     counts = [max(1, round(length / latency)) for latency in latencies]
     per_window = max(FEWEST_ROUNDS, math.ceil(duration / WINDOWS / length))
     timings: list[list[Timing]] = [[] for _ in rows]
+    orders = np.random.default_rng(SEED)
     found: list[Measurement] = []
     for window in range(1, MOST_WINDOWS + 1):
         for _ in range(per_window):
-            for queries, count, timed in zip(rows, counts, timings, strict=True):
+            for place in orders.permutation(len(rows)):
                 with _undisturbed():
-                    timed.append(queries.run(count))
+                    timings[place].append(rows[place].run(counts[place]))
         if window >= WINDOWS:
             found = [_measurement(timed, per_window) for timed in timings]
             if all(measurement.settled for measurement in found):

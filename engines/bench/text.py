@@ -77,7 +77,7 @@ def _cells(row: Row) -> list[str]:
         row.file,
         row.way,
         _estimate(row.images_per_second, "", 0 if row.images_per_second.value >= 100 else 2),
-        f"{row.queries_per_second.value:.4g}",
+        _plain(row.queries_per_second.value, 4),
         *(_ms(None if estimate is None else estimate.value) for estimate in row.latency_ms.values()),
         *(_ms(row.parts_ms.get(part)) for part in ("h2d", "compute", "d2h")),
         _ms(row.first_seconds * 1e3),
@@ -94,7 +94,12 @@ def _told(row: Row, name: str) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return MISSING if value is None else f"{value:#.3g}" if value < 100 else f"{value:.0f}"
+    return MISSING if value is None else f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
+
+
+def _plain(value: float, digits: int) -> str:
+    """So many digits, or all that stand before the point."""
+    return f"{value:.{digits}g}" if value < 10**digits - 0.5 else f"{value:.0f}"
 
 
 def _estimate(estimate: Estimate, unit: str, digits: int) -> str:

@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from engines.arguments import integers_from_text
-from engines.errors import OutputFailed, UsageError, VerificationFailed
+from engines.errors import InputRejected, OutputFailed, UsageError, VerificationFailed
 
 if TYPE_CHECKING:
     from engines.bench import Options, Record
@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     from engines.bench import bench, lines_from_record
 
     report: pathlib.Path | None = arguments.report
-    if report is not None and not report.is_dir():
-        raise UsageError(f"--report {report}: is no directory; give that of an export, or make it")
+    if report is not None:
+        check_report(report)
     told = (lambda line: None) if arguments.json else (lambda line: print(line, flush=True))
     record = bench(arguments.files, options_from_arguments(arguments), told=told)
     if arguments.json:
@@ -73,9 +73,9 @@ def options_from_arguments(arguments: argparse.Namespace) -> Options:
     from engines.sizes import size_from_text
 
     given = {
-        "batches": arguments.batch and integers_from_text("--batch", arguments.batch, ","),
+        "batches": None if arguments.batch is None else integers_from_text("--batch", arguments.batch, ","),
         "duration": arguments.duration,
-        "size": arguments.size and size_from_text(arguments.size),
+        "size": None if arguments.size is None else size_from_text(arguments.size),
     }
     return Options(
         provider=arguments.provider,
@@ -83,6 +83,37 @@ def options_from_arguments(arguments: argparse.Namespace) -> Options:
         device=arguments.device,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def check_report(folder: pathlib.Path) -> None:
+    """Looks, before minutes are spent on measuring, whether a report can be written into ``folder``.
+
+    Raises:
+        UsageError: it is no directory.
+        InputRejected: its report takes no section.
+        SdkMissing: there is nothing to draw with.
+    """
+    from engines.bench.markdown import report_with_section
+    from engines.bench.plot import drawing
+
+    if not folder.is_dir():
+        raise UsageError(f"--report {folder}: is no directory; give that of an export, or make it")
+    report_with_section(report_text(folder), "")
+    with drawing():
+        pass
+
+
+def report_text(folder: pathlib.Path) -> str:
+    """What ``report.md`` says, with the ends of its lines as they are; nothing where there is none.
+
+    Raises:
+        InputRejected: it is no text.
+    """
+    report = folder / REPORT_TEXT_NAME
+    try:
+        return report.read_bytes().decode() if report.is_file() else ""
+    except UnicodeDecodeError:
+        raise InputRejected(f"{report}: is no text in UTF-8; move it away, or export again") from None
 
 
 def written_report(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -98,12 +129,11 @@ def written_report(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
     from engines.replacement import write_together
 
     value = record.to_value()
-    report = folder / REPORT_TEXT_NAME
-    before = report.read_text(encoding="utf-8") if report.is_file() else ""
+    report = report_with_section(report_text(folder), markdown_from_record(value, PLOT_NAME))
     contents = {
         BENCH_NAME: record.to_json(raw=True).encode(),
         PLOT_NAME: svg_from_record(value),
-        REPORT_TEXT_NAME: report_with_section(before, markdown_from_record(value, PLOT_NAME)).encode(),
+        REPORT_TEXT_NAME: report.encode(),
     }
     try:
         write_together(folder, contents)
