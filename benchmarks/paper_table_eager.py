@@ -16,7 +16,7 @@ from engines.bench.contenders import HostQueries, Parity
 from engines.bench.record import FileRow, Row
 from engines.bench.rounds import Clock, Measurement, measured
 from engines.bench.speed_ups import with_speed_ups
-from engines.bench.statistics import PERCENTILES, Estimate, latency_percentile, queries_per_second, variation
+from engines.bench.statistics import Estimate, latency_percentiles, queries_per_second, variation
 from engines.golden import Golden
 from engines.judgement import judgement
 from engines.parity import Gate
@@ -111,7 +111,7 @@ def answers(backend: EagerModule, golden: Golden) -> Arrays:
 def _row(name: str, batch: int, first: float, measurement: Measurement) -> Row:
     counted = measurement.counted
     rate = queries_per_second(counted)
-    latencies = {percent: latency_percentile(counted, percent) for percent in PERCENTILES}
+    latencies = latency_percentiles(counted)
     return Row(
         file=name,
         batch=batch,

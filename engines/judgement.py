@@ -1,8 +1,9 @@
 """Whether a file's answers to the golden images are the network's: the one place where that is decided.
 
-within the gate   relative error, SQNR and top-1 by the precision (``engines.parity``); an answer alone is held to
-                  the same error as among the others: relative to the largest of all golden answers
-not mixed up      each answer is nearest to that of its own image (``engines.golden``)
+    within the gate   relative error, SQNR and top-1 by the precision (``engines.parity``)
+    not mixed up      each answer is nearest to that of its own image (``engines.golden``)
+
+Errors are relative to the largest of all golden answers, so that one answer alone is held to the same as among others.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def manifest_from_json(content: bytes | str, where: str) -> Manifest:
 
 def _manifest(value: Value) -> Manifest:
     schema = value.field("schema")
-    if schema.value != SCHEMA or isinstance(schema.value, bool):
+    if not isinstance(schema.value, int) or schema.value is True or schema.value != SCHEMA:
         raise schema.wrong(f"{SCHEMA}, the only schema that this version reads")
     fields = value.fields("schema", *(field.name for field in dataclasses.fields(Manifest)))
     manifest = Manifest(

@@ -1,6 +1,6 @@
 """The README's table of the GPUs that this was verified on, made from the receipts that owners of GPUs sent.
 
-python -m engines.verified_on README.md        puts it between the two comments that mark its place
+    python -m engines.verified_on README.md        puts it between the two comments that mark its place
 
 A receipt makes a row if a GPU ran something, nothing failed, every figure follows from its raw data, and what it ran
 are engines of the network that is shipped as ``examples/fashion.pt``, by its SHA-256. A receipt in

@@ -9,7 +9,7 @@ import numpy as np
 
 from engines.bench.record import Bound, Row
 from engines.bench.rounds import Measurement
-from engines.bench.statistics import PERCENTILES, Estimate, latency_percentile, queries_per_second, variation
+from engines.bench.statistics import Estimate, latency_percentiles, queries_per_second, variation
 from engines.bench.workload import Workload
 from engines.timing import COMPUTE, D2H, H2D
 
@@ -54,7 +54,7 @@ def row_from_measurement(
         queries=counted.queries,
         images_per_second=_times(rate, batch),
         queries_per_second=rate,
-        latency_ms={percent: _in_ms(latency_percentile(counted, percent)) for percent in PERCENTILES},
+        latency_ms={percent: _in_ms(found) for percent, found in latency_percentiles(counted).items()},
         parts_ms={part: median * MILLISECONDS for part, median in medians.items()},
         variation=variation(steady),
         windows=tuple(batch * rate for rate in measurement.windows),

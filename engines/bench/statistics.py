@@ -32,8 +32,10 @@ PERCENTILES = (50, 90, 95, 99)
 RESAMPLES, SEED = 1000, 0
 NORMAL = 1.959964
 """Standard deviations within which 95 % of a normal distribution lie."""
+GROUPS = 4096
+"""Of latencies, for the intervals of percentiles."""
 AGREEMENT = 0.05
-"""Windows agree whose rates are all within this part of their mean."""
+"""Windows agree whose rates differ by no more than this part of their mean."""
 LARGEST_VARIATION = 0.025
 """Beyond it latencies are called noisy."""
 FEWEST = {50: 1, 90: 10, 95: 20, 99: 100}
@@ -95,17 +97,29 @@ def speed_up(slices: Slices, against: Slices) -> Estimate:
     return _estimate(float(value), _rates(slices, drawn) / _rates(against, drawn), len(slices.counts))
 
 
-def latency_percentile(slices: Slices, percent: int) -> Estimate | None:
-    """A percentile of the latencies in seconds, with its interval; None where there are too few queries for it."""
-    if slices.queries < FEWEST[percent]:
-        return None
+def latency_percentiles(slices: Slices) -> dict[int, Estimate | None]:
+    """Each of PERCENTILES of the latencies in seconds, with its interval; None where there are too few queries for it.
+
+    For the intervals latencies are counted in GROUPS groups of neighbours, each taken for its largest.
+    """
+    count, rounds = slices.queries, len(slices.counts)
     order = np.argsort(slices.latencies, kind="stable")
-    latencies, rounds = slices.latencies[order], slices.rounds[order]
-    found = np.empty(RESAMPLES)
-    for index, times in enumerate(_drawn(len(slices.counts))):
-        reached = np.cumsum(times[rounds])
-        found[index] = latencies[np.searchsorted(reached, _rank(int(reached[-1]), percent))]
-    return _estimate(float(latencies[_rank(slices.queries, percent) - 1]), found, len(slices.counts))
+    latencies = slices.latencies[order]
+    groups = np.arange(count) * min(count, GROUPS) // count
+    largest = latencies[np.searchsorted(groups, np.arange(groups[-1] + 1), side="right") - 1]
+    in_group = np.zeros((rounds, len(largest)))
+    np.add.at(in_group, (slices.rounds[order], groups), 1)
+    told = [percent for percent in PERCENTILES if count >= FEWEST[percent]]
+    found = {percent: np.empty(RESAMPLES) for percent in told}
+    for index, times in enumerate(_drawn(rounds)):
+        reached = np.cumsum(times @ in_group)
+        for percent in told:
+            found[percent][index] = largest[np.searchsorted(reached, _rank(round(reached[-1]), percent))]
+    values = {percent: float(latencies[_rank(count, percent) - 1]) for percent in told}
+    return {
+        percent: _estimate(values[percent], found[percent], rounds) if percent in told else None
+        for percent in PERCENTILES
+    }
 
 
 def variation(latencies: NDArray[np.float64]) -> float:

@@ -16,7 +16,7 @@ from engines.bench.statistics import (
     Estimate,
     Slices,
     agree,
-    latency_percentile,
+    latency_percentiles,
     queries_per_second,
     speed_up,
     variation,
@@ -46,7 +46,7 @@ def width(estimate):
 @given(ROUNDS, st.sampled_from(PERCENTILES))
 def test_a_percentile_is_the_smallest_latency_that_so_many_do_not_exceed(rounds, percent):
     latencies = [latency for round_ in rounds for latency in round_]
-    found = latency_percentile(slices(rounds), percent)
+    found = latency_percentiles(slices(rounds))[percent]
     if len(latencies) < FEWEST[percent]:
         assert found is None
         return
@@ -60,10 +60,10 @@ def test_a_percentile_is_the_smallest_latency_that_so_many_do_not_exceed(rounds,
 @pytest.mark.parametrize(("percent", "fewest", "rank"), [(50, 1, 1), (90, 10, 9), (95, 20, 19), (99, 100, 99)])
 def test_a_percentile_is_told_of_as_many_as_it_takes_not_to_be_the_largest(percent, fewest, rank):
     latencies = np.random.default_rng(0).permutation(np.arange(1.0, fewest + 1))
-    assert latency_percentile(slices([[latency] for latency in latencies]), percent).value == rank
+    assert latency_percentiles(slices([[latency] for latency in latencies]))[percent].value == rank
     if fewest > 1:
         assert rank < fewest
-        assert latency_percentile(slices([[latency] for latency in latencies[1:]]), percent) is None
+        assert latency_percentiles(slices([[latency] for latency in latencies[1:]]))[percent] is None
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,7 +120,7 @@ def test_intervals_of_two_rounds_are_the_rounds_themselves():
     found = slices([[0.010] * 4, [0.020] * 2])
     rate = queries_per_second(found)
     assert (rate.low, rate.high) == (pytest.approx(50), pytest.approx(100))
-    median = latency_percentile(found, 50)
+    median = latency_percentiles(found)[50]
     assert (median.low, median.value, median.high) == (0.010, 0.010, 0.020)
     ratio = speed_up(found, slices([[0.010] * 4, [0.010] * 4]))
     assert (ratio.low, ratio.high) == (pytest.approx(0.5), pytest.approx(1))
@@ -130,7 +130,7 @@ def test_one_round_or_rounds_that_are_all_alike_leave_no_room():
     for found in (slices([[0.010, 0.030]]), slices([[0.010, 0.030]] * 20)):
         rate = queries_per_second(found)
         assert rate.low == pytest.approx(rate.high) == pytest.approx(50)
-        assert latency_percentile(found, 50).high == 0.010
+        assert latency_percentiles(found)[50].high == 0.010
 
 
 def test_an_interval_holds_its_value_also_where_rounding_would_put_it_outside():
@@ -149,9 +149,9 @@ def simulated(generator, rounds, queries=10, shared=0.1, own=0.02, mean=0.010):
 def test_intervals_are_seeded_and_shrink_as_the_root_of_the_rounds():
     few, many = (slices(simulated(np.random.default_rng(1), rounds)) for rounds in (40, 640))
     assert queries_per_second(few) == queries_per_second(few)
-    assert latency_percentile(few, 90) == latency_percentile(few, 90)
+    assert latency_percentiles(few)[90] == latency_percentiles(few)[90]
     assert width(queries_per_second(few)) / width(queries_per_second(many)) == pytest.approx(4, rel=0.3)
-    assert width(latency_percentile(few, 50)) > 2 * width(latency_percentile(many, 50))
+    assert width(latency_percentiles(few)[50]) > 2 * width(latency_percentiles(many)[50])
 
 
 def coverage(estimate, truth, runs=200, simulation=simulated, rounds=30):
@@ -196,7 +196,7 @@ def test_queries_taken_for_independent_would_claim_far_too_much():
 
 
 def test_the_interval_of_a_median_holds_the_truth_as_often():
-    assert 0.90 <= coverage(lambda rounds: latency_percentile(slices(rounds), 50), 0.010) <= 0.985
+    assert 0.90 <= coverage(lambda rounds: latency_percentiles(slices(rounds))[50], 0.010) <= 0.985
 
 
 # --- speed-ups

@@ -111,11 +111,19 @@ def test_with_a_gpu_everything_is_run(engines_command, fashion, gpu):
     assert "gate 5.0e-03" in lines_of(outcome)["ok", f"{ENGINE}, run"]
 
 
-def test_a_batch_of_one_and_a_batch_of_the_others_are_run(engines_command, fashion, gpu):
+def test_a_batch_of_one_and_a_batch_of_the_others_are_run_and_again_as_graphs(engines_command, fashion, gpu):
     batches = []
     gpu(lambda outputs: batches.append(len(outputs)) or outputs)
     assert engines_command("verify", fashion).code == 0
-    assert batches == [1, 3]
+    assert batches == [1, 3, 1, 3]
+
+
+def test_an_engine_that_is_right_the_first_time_alone_fails(engines_command, fashion, gpu):
+    runs = []
+    gpu(lambda outputs: runs.append(0) or (outputs if len(runs) < 4 else outputs[::-1].copy()))
+    done = engines_command("verify", fashion)
+    assert done.code == 1
+    assert "FAIL fashion.fp16.engine, run: when run again: relative error" in done.stdout
 
 
 def test_the_sdk_is_asked_for_before_the_gpu(engines_command, fashion, monkeypatch):
