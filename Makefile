@@ -47,7 +47,7 @@ $(READY): pyproject.toml constraints.txt
 # GPUs from the receipts in examples/receipts.
 table: $(READY)
 	$(BIN)/python -m exporter.lineages.table README.md
-	$(BIN)/python -m engines.verified_on README.md
+	$(BIN)/python -m engines.receipts.verified_on README.md
 
 benchmark: $(READY)
 	$(BIN)/python benchmarks/export_time.py

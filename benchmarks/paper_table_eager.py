@@ -12,17 +12,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from engines.backends.backend import Arrays, TensorDescription
-from engines.bench.contenders import HostQueries, Parity
-from engines.bench.record import FileRow, Row
-from engines.bench.rounds import Clock, Measurement, measured
+from engines.bench.contenders import HostQueries
+from engines.bench.record import FileRow, Parity, Row
+from engines.bench.rounds import measured
+from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
-from engines.bench.statistics import Estimate, latency_percentiles, queries_per_second, variation
+from engines.bench.workload import Workload
 from engines.golden import Golden
 from engines.judgement import judgement
 from engines.parity import Gate
+from engines.timing import Clock
 
 WAY = "numpy to numpy"
-MILLISECONDS = 1e3
+UNKNOWN = Workload((), "a module has no graph to count in")
 
 
 class EagerModule:
@@ -85,7 +87,19 @@ def measured_modules(
         for backend in backends.values():
             backend.close()
     files = [_file(name, parities[name]) for name in modules]
-    unpaired = [_row(name, batch, firsts[name], measurement) for name, measurement in found.items()]
+    unpaired = [
+        row_from_measurement(
+            measurement,
+            file=name,
+            batch=batch,
+            way=WAY,
+            first_seconds=firsts[name],
+            workload=UNKNOWN,
+            card=None,
+            telemetry=None,
+        )
+        for name, measurement in found.items()
+    ]
     return with_speed_ups(unpaired, files), files
 
 
@@ -108,33 +122,6 @@ def answers(backend: EagerModule, golden: Golden) -> Arrays:
     return {"output": np.concatenate([part["output"] for part in parts])}
 
 
-def _row(name: str, batch: int, first: float, measurement: Measurement) -> Row:
-    counted = measurement.counted
-    rate = queries_per_second(counted)
-    latencies = latency_percentiles(counted)
-    return Row(
-        file=name,
-        batch=batch,
-        way=WAY,
-        first_seconds=first,
-        queries=counted.queries,
-        images_per_second=_times(rate, batch),
-        queries_per_second=rate,
-        latency_ms={percent: one and _times(one, MILLISECONDS) for percent, one in latencies.items()},
-        parts_ms={},
-        variation=variation(counted.latencies),
-        windows=tuple(batch * rate for rate in measurement.windows),
-        settled=measurement.settled,
-        speedup=None,
-        against=None,
-        no_speedup=None,
-        bytes_per_image=None,
-        bound=None,
-        telemetry=None,
-        measurement=measurement,
-    )
-
-
 def _file(name: str, parity: Parity) -> FileRow:
     return FileRow(
         file=name,
@@ -146,7 +133,3 @@ def _file(name: str, parity: Parity) -> FileRow:
         parity=parity,
         operations_per_image=None,
     )
-
-
-def _times(estimate: Estimate, factor: float) -> Estimate:
-    return Estimate(estimate.value * factor, estimate.low * factor, estimate.high * factor)

@@ -76,9 +76,10 @@ def opened_file(
     graph: bool = True,
     provider: str | None = None,
     threads: int | None = None,
+    spinning: bool = True,
     allow_unverified: bool = False,
 ) -> Opened:
-    """What ``load`` makes a runner of; ``threads`` is for ONNX Runtime on the CPU, None for its own choice."""
+    """What ``load`` makes a runner of; ``threads`` and ``spinning`` are ONNX Runtime's on the CPU (``OnnxRuntime``)."""
     if device < 0:
         raise UsageError(f"device {device}: GPUs are counted from 0")
     kind = kind_of_file(path)
@@ -88,7 +89,7 @@ def opened_file(
             raise UsageError(f"{path}: an engine takes no provider; that is for ONNX files")
         header, manifest = checked_engine(path, allow_unverified=allow_unverified)
     entry = backend_for(kind)
-    source = Source(path, header, manifest, device, graph=graph, provider=provider, threads=threads)
+    source = Source(path, header, manifest, device, graph=graph, provider=provider, threads=threads, spinning=spinning)
     return Opened(entry.open(source), entry.title, manifest)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.backend import Arrays
+
+Clock = Callable[[], float]
+"""Gives seconds."""
 
 H2D, COMPUTE, D2H = "h2d", "compute", "d2h"
 """Parts of a query on a GPU: the copy to it, the engine, the copy back."""

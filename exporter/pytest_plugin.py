@@ -208,7 +208,8 @@ class _Collector:
         return json.dumps(fields, indent=2, allow_nan=False) + "\n"
 
     def _markdown(self) -> str:
-        from exporter.report.markdown import Markup, document, section
+        from engines.markdown_text import Markup
+        from exporter.report.markdown import document, section
 
         failed = Markup("**FAIL**")
         rows = (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
+import tomllib
 
 import pytest
 
@@ -17,10 +19,17 @@ from tests.conftest import ROOT, run_process
 PACKAGES = ("engines", "exporter")
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 ENGINES = [path for path in SOURCES if path.is_relative_to(ROOT / "engines")]
+BENCHMARKS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if path.name != "plain_export.py"]
+"""That one is a program of its own, which a benchmark starts."""
 OPTIONAL = (
     "torch", "torchvision", "exporter", "onnx", "onnxsim", "onnxruntime", "onnxscript", "safetensors", "tqdm", "PIL",
-    "tensorrt", "tensorrt_rtx", "cuda", "pycuda", "scipy", "pandas",
+    "tensorrt", "tensorrt_rtx", "cuda", "pycuda", "pynvml", "matplotlib", "timm", "scipy", "pandas",
 )  # fmt: skip
+COMPARED_WITH = {"timm", "torchvision", "matplotlib", "pynvml", "tensorrt", "tensorrt_rtx", "cuda"}
+FLOORS = ("engines.roofline", "engines.bench", "engines.receipts", "engines.commands")
+"""Each stands on those before it, and all of them on the rest of engines."""
+ROOF = ("engines.cli", "engines.__main__")
+MOST_LINES = 300
 
 
 def named(path):
@@ -124,6 +133,60 @@ def test_the_process_that_compiles_loads_the_sdk_and_nothing_else_that_is_option
     assert not roots(loaded_after(script, tmp_path)) & set(OPTIONAL)
 
 
+# --- which part of it stands on which
+
+
+def floor_of(module):
+    above = [floor for floor, package in enumerate(FLOORS, 1) if f"{module}.".startswith(f"{package}.")]
+    return len(FLOORS) + 1 if module in ROOF else above[0] if above else 0
+
+
+def upward(module, source):
+    """What ``module`` imports, wherever in it, from a floor above its own."""
+    imported = {name for name, _ in imports_of(source) if name.partition(".")[0] == "engines"}
+    return sorted(name for name in imported if floor_of(name) > floor_of(module))
+
+
+def circle_of(imports):
+    """The modules of a circle, of which there may be none; ``imports`` are those at the top, by module."""
+    try:
+        graphlib.TopologicalSorter(imports).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=named)
+def test_no_part_of_engines_imports_one_that_stands_on_it(path):
+    assert upward(module_of(path), text_of(path)) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    tops = {module_of(path): {name for name, top in imports_of(text_of(path)) if top} for path in SOURCES}
+    assert circle_of({module: tops.keys() & names - {module} for module, names in tops.items()}) == []
+
+
+def test_the_checks_on_the_parts_see_what_they_look_for():
+    later = "def f():\n    from engines.receipts.receipt import Request\n"
+    assert upward("engines.bench.rows", later) == ["engines.receipts.receipt"]
+    assert upward("engines.golden", later) == ["engines.receipts.receipt"]
+    assert upward("engines.commands.receipt", later) == upward("engines.receipts.replay", later) == []
+    assert upward("engines.receipts.replay", "import engines.cli, engines.bench, engines.benchmark") == ["engines.cli"]
+    assert set(circle_of({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert circle_of({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+@pytest.mark.parametrize("path", ENGINES, ids=named)
+def test_a_module_of_engines_can_be_read_in_one_go(path):
+    assert len(text_of(path).splitlines()) < MOST_LINES
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=named)
+def test_a_benchmark_can_be_read_and_refused_without_what_it_may_compare_with(path):
+    top = roots(module for module, at_top in imports_of(text_of(path)) if at_top)
+    assert not top & COMPARED_WITH
+
+
 # --- the command line
 
 
@@ -206,10 +269,25 @@ class _D:
     assert private_imports(planted) == ["_request"]
 
 
-def test_every_package_is_in_the_distribution():
-    import tomllib
+def setuptools_table():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
 
-    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+
+def test_every_package_is_in_the_distribution():
+    listed = set(setuptools_table()["packages"])
     present = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES if path.name == "__init__.py"}
     assert listed == present
     assert {path.parent for path in SOURCES} == {ROOT / pathlib.Path(*package.split(".")) for package in present}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_file_beside_the_code_is_in_the_distribution_and_none_is_promised_that_is_not(package):
+    folder, patterns = ROOT / package, setuptools_table()["package-data"][package]
+    others = {
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and not path.name.startswith(".")
+    }
+    found = {pattern: {other for other in others if other.match(pattern)} for pattern in patterns}
+    assert set().union(*found.values()) == others
+    assert all(found.values())

@@ -10,9 +10,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from engines.fused_kernels import works_from_onnx
 from engines.onnx_file import onnx_file_from_path
 from engines.roofline import operations_per_image
+from engines.roofline.fused_kernels import works_from_onnx
 from exporter.architecture import Architecture, Block
 from exporter.onnx_graph import INPUT, Graph, structure_from_architecture, without_declarations
 from exporter.variants import VARIANTS, variant_from_name

@@ -15,7 +15,7 @@ from engines.plan import Header
 class Source:
     """A file to open, what is known of it, and how: ``header`` and ``manifest`` are an engine's, checked.
 
-    ``graph`` asks for CUDA graphs, ``provider`` names one of ONNX Runtime, ``threads`` are those of its CPU provider.
+    ``graph`` asks for CUDA graphs. ``provider``, ``threads`` and ``spinning`` are ONNX Runtime's; see ``OnnxRuntime``.
     """
 
     path: pathlib.Path
@@ -25,6 +25,7 @@ class Source:
     graph: bool
     provider: str | None
     threads: int | None = None
+    spinning: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,13 @@ class BackendEntry:
 def _open_onnx_runtime(source: Source) -> Backend:
     from engines.backends.onnx_runtime import OnnxRuntime
 
-    return OnnxRuntime(source.path, provider=source.provider, device=source.device, threads=source.threads)
+    return OnnxRuntime(
+        source.path,
+        provider=source.provider,
+        device=source.device,
+        threads=source.threads,
+        spinning=source.spinning,
+    )
 
 
 def _open_tensorrt(source: Source) -> Backend:

@@ -30,7 +30,7 @@ from engines.backends.recordings import attempted, recorded_graph
 from engines.backends.staging import Staging
 from engines.cuda import Stream, TimingEvent
 from engines.errors import DeviceFailed, UsageError
-from engines.timing import COMPUTE, D2H, H2D, Timing
+from engines.timing import COMPUTE, D2H, H2D, Clock, Timing
 
 IN_FLIGHT = 2
 """Queries that are enqueued and not waited for."""
@@ -66,7 +66,7 @@ class DeviceQueries:
         *,
         graph: bool,
         transfers: bool,
-        clock: Callable[[], float],
+        clock: Clock,
     ) -> None:
         """Takes all memory and computes the batch, in this thread's turn.
 

@@ -35,7 +35,13 @@ class OnnxRuntime:
     """A session; see ``engines.backends.backend.Backend``. ``metadata`` are the file's ``metadata_props``."""
 
     def __init__(
-        self, path: pathlib.Path, *, provider: str | None = None, device: int = 0, threads: int | None = None
+        self,
+        path: pathlib.Path,
+        *,
+        provider: str | None = None,
+        device: int = 0,
+        threads: int | None = None,
+        spinning: bool = True,
     ) -> None:
         """Opens the file.
 
@@ -44,6 +50,8 @@ class OnnxRuntime:
             provider: of PROVIDERS; None is the CPU.
             device: the GPU, for a provider that has any.
             threads: that compute an operation on the CPU; None is ONNX Runtime's own choice.
+            spinning: whether these threads wait for work busily, as is usual, and also for a while after a call. Of
+                several sessions in turn, the idle ones then take the processor from the one that works.
 
         Raises:
             UsageError: there is no provider of that name.
@@ -51,7 +59,7 @@ class OnnxRuntime:
             InputRejected: ONNX Runtime refuses the file.
         """
         name = _provider_name(provider)
-        session = _session(path, name, device, threads)
+        session = _session(path, name, device, threads, spinning=spinning)
         self._path, self._session = path, session
         self.inputs = tuple(_description(value, path) for value in session.get_inputs())
         self.outputs = tuple(_description(value, path) for value in session.get_outputs())
@@ -103,7 +111,7 @@ def _provider_name(provider: str | None) -> str:
     return name
 
 
-def _session(path: pathlib.Path, name: str, device: int, threads: int | None) -> Any:
+def _session(path: pathlib.Path, name: str, device: int, threads: int | None, *, spinning: bool) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -111,6 +119,8 @@ def _session(path: pathlib.Path, name: str, device: int, threads: int | None) ->
     options.add_session_config_entry("session.load_model_format", "ONNX")  # whatever the file's ending says
     if threads is not None:
         options.intra_op_num_threads = threads
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     on_cpu = name == PROVIDERS["cpu"]
     if not on_cpu:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

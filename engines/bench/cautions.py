@@ -15,15 +15,15 @@ from engines.timing import COMPUTE, D2H, H2D
 
 
 def warnings_of_files(
-    contenders: Sequence[Contender], names: Sequence[str], options: Options, loads: Sequence[Workload]
+    contenders: Sequence[Contender], names: Sequence[str], options: Options, workloads: Sequence[Workload]
 ) -> list[str]:
     """Of what the files are, and of what of them is not known."""
     found = []
-    for contender, name, load in zip(contenders, names, loads, strict=True):
+    for contender, name, workload in zip(contenders, names, workloads, strict=True):
         if contender.kind == ONNX and contender.precision == "fp16" and options.provider in (None, "cpu"):
             found.append(f"{name}: ONNX Runtime computes float16 in float32 on a CPU; this is not its speed on a GPU")
-        if load.problem is not None:
-            found.append(f"{name}: no bound is known: {load.problem}")
+        if workload.problem is not None:
+            found.append(f"{name}: no bound is known: {workload.problem}")
     return found
 
 

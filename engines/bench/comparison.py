@@ -19,18 +19,18 @@ import time
 from collections.abc import Callable, Sequence
 
 from engines.bench.cautions import warnings_of_files, warnings_of_left_out, warnings_of_row
-from engines.bench.contenders import Contender, Parity, Way, opened_contenders
+from engines.bench.contenders import Contender, Way, opened_contenders
 from engines.bench.device import Device, device_of
 from engines.bench.machine import machine, versions
 from engines.bench.options import DEFAULT_BATCHES, Options, check_options, settings_of
-from engines.bench.record import FileRow, Record, Row
-from engines.bench.rounds import Clock, measured
+from engines.bench.record import FileRow, Parity, Record, Row
+from engines.bench.rounds import measured
 from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
 from engines.bench.workload import Workload, workload_of
 from engines.errors import UsageError
 from engines.kind import ONNX
-from engines.timing import Queries
+from engines.timing import Clock, Queries
 
 
 @dataclasses.dataclass
@@ -70,11 +70,11 @@ def bench(
     with opened_contenders(list(paths), options, clock) as contenders, contextlib.ExitStack() as resources:
         batches = batches_of(contenders, options)
         device = device_of(contenders, options, resources)
-        loads = [workload_of(contender.path, contender.size(options.size)) for contender in contenders]
+        workloads = [workload_of(contender.path, contender.size(options.size)) for contender in contenders]
         parities: list[list[Parity]] = [[] for _ in contenders]
         rows: list[Row] = []
         for batch in batches:
-            found, judged = _rows_of_batch(contenders, names, batch, options, clock, device, loads)
+            found, judged = _rows_of_batch(contenders, names, batch, options, clock, device, workloads)
             for place, parity in judged:
                 parities[place].append(parity)
             rows += found
@@ -82,8 +82,8 @@ def bench(
         for place, contender in enumerate(contenders):
             parities[place].insert(0, contender.parity_of_all())
         files = [
-            _file_row(contender, name, _together(said), load)
-            for contender, name, said, load in zip(contenders, names, parities, loads, strict=True)
+            _file_row(contender, name, _together(said), workload)
+            for contender, name, said, workload in zip(contenders, names, parities, workloads, strict=True)
         ]
         return Record(
             machine=machine(device),
@@ -97,7 +97,7 @@ def bench(
             files=tuple(files),
             rows=tuple(with_speed_ups(rows, files)),
             warnings=(
-                *warnings_of_files(contenders, names, options, loads),
+                *warnings_of_files(contenders, names, options, workloads),
                 *([device.problem] if device is not None and device.problem is not None else []),
                 *warnings_of_left_out(contenders, names, rows),
                 *(warning for row in rows for warning in warnings_of_row(row)),
@@ -151,7 +151,7 @@ def _rows_of_batch(
     options: Options,
     clock: Clock,
     device: Device | None,
-    loads: Sequence[Workload],
+    workloads: Sequence[Workload],
 ) -> tuple[list[Row], list[tuple[int, Parity]]]:
     """All rows of one batch, and of each what it computed, by the file's place."""
     with contextlib.ExitStack() as resources:
@@ -176,7 +176,7 @@ def _rows_of_batch(
                     batch=batch,
                     way=lane.way.title,
                     first_seconds=lane.first_seconds,
-                    load=loads[place],
+                    workload=workloads[place],
                     card=None if device is None else device.card,
                     telemetry=telemetry,
                 )
@@ -204,7 +204,7 @@ def _together(parities: Sequence[Parity]) -> Parity:
     return next(worst, parities[0])
 
 
-def _file_row(contender: Contender, name: str, parity: Parity, load: Workload) -> FileRow:
+def _file_row(contender: Contender, name: str, parity: Parity, workload: Workload) -> FileRow:
     return FileRow(
         file=name,
         sha256=contender.sha256,
@@ -213,5 +213,5 @@ def _file_row(contender: Contender, name: str, parity: Parity, load: Workload) -
         kind=contender.kind,
         load_seconds=contender.load_seconds,
         parity=parity,
-        operations_per_image=load.operations_per_image,
+        operations_per_image=workload.operations_per_image,
     )

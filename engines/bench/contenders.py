@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from engines.backends.backend import Arrays, Backend, check_extents
 from engines.bench.options import Options
-from engines.bench.rounds import Clock
+from engines.bench.record import Parity
 from engines.errors import InputRejected, UsageError
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden
@@ -31,7 +31,7 @@ from engines.parity import Gate
 from engines.report_file import REPORT_NAME, report_from_file
 from engines.runner import Runner, described, opened_file
 from engines.sizes import Size
-from engines.timing import Queries, Timing
+from engines.timing import Clock, Queries, Timing
 from engines.verification import answers_to_golden, gate_of_precision
 
 SEED = 0
@@ -52,14 +52,6 @@ ON_DEVICE = tuple(
     for launching, graph in (("launches", False), ("CUDA graph", True))
     for moving, transfers in (("with transfers", True), ("compute alone", False))
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Parity:
-    """Whether a file's answers are the network's; ``passed`` is None where that was not checked."""
-
-    passed: bool | None
-    detail: str
 
 
 class HostQueries:
@@ -209,6 +201,7 @@ def _opened(path: pathlib.Path, options: Options, clock: Clock, resources: conte
         device=options.device,
         provider=options.provider if kind == ONNX else None,
         threads=options.threads if kind == ONNX else None,
+        spinning=False,
     )
     seconds = clock() - started
     backend = opened.backend

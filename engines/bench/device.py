@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from engines.bench.contenders import ON_DEVICE, Contender
 from engines.bench.options import Options
-from engines.bench.rounds import SLICE, WINDOWS, Clock, warmed_up
+from engines.bench.rounds import SLICE, WINDOWS, warmed_up
 from engines.bench.telemetry import Nvml, Sample, Unavailable
-from engines.timing import Queries
+from engines.timing import Clock, Queries
 
 if TYPE_CHECKING:
-    from engines.cards import Card
+    from engines.roofline.cards import Card
 
 IDLE = "gpu idle"
 """A reason for low clocks that says nothing of a card that is at work."""
@@ -76,7 +76,7 @@ def device_of(contenders: Sequence[Contender], options: Options, resources: cont
         options: with the GPU's index.
         resources: ends the use of NVML.
     """
-    from engines.cards import card_of_device
+    from engines.roofline.cards import card_of_device
 
     on_gpu = any(contender.ways == ON_DEVICE for contender in contenders) or options.provider not in (None, "cpu")
     if not on_gpu:

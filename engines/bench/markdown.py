@@ -14,11 +14,12 @@ from engines.bench.curves import PERCENTILES, short_names
 from engines.errors import InputRejected, listed
 from engines.json_value import Value
 from engines.markdown_text import Markup, escaped, table
+from engines.timing import COMPUTE, D2H, H2D
 
 BEGIN, END = "<!-- throughput -->", "<!-- /throughput -->"
 MISSING = "-"
 RESULTS = {True: "pass", False: Markup("**FAIL**"), None: "not checked"}
-PARTS = ("h2d", "compute", "d2h")
+PARTS = (H2D, COMPUTE, D2H)
 TELEMETRY = (
     ("sm_clock_mhz", "{:.0f} MHz"),
     ("temperature_c", "{:.0f} C"),

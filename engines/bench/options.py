@@ -93,6 +93,8 @@ def settings_of(
             found.append(Setting("threads", str(options.threads), "--threads"))
         elif provider == "cpu":
             found.append(Setting("threads", "its own choice", "ONNX Runtime"))
+        if provider == "cpu":
+            found.append(Setting("spinning threads", "off, so that files leave each other the processor", "bench"))
     found += [Setting(name, environment[name], "environment") for name in ENVIRONMENT if name in environment]
     return tuple(found)
 

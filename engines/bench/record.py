@@ -11,15 +11,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.bench.contenders import Parity
 from engines.bench.options import Setting
-from engines.bench.rounds import Measurement
+from engines.bench.rounds import NANOSECONDS, Measurement
 from engines.bench.statistics import Estimate
 from engines.version import VERSION
 
 SCHEMA = 1
 BENCH_NAME, PLOT_NAME = "bench.json", "bench.svg"
-NANOSECONDS = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Parity:
+    """Whether a file's answers are the network's; ``passed`` is None where that was not checked."""
+
+    passed: bool | None
+    detail: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,16 +16,13 @@ import contextlib
 import dataclasses
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bench.statistics import Slices, agree
-from engines.timing import Queries, Timing
-
-Clock = Callable[[], float]
-"""Gives seconds."""
+from engines.timing import Clock, Queries, Timing
 
 NANOSECONDS = 1e9
 SEED = 0

@@ -14,7 +14,7 @@ from engines.bench.workload import Workload
 from engines.timing import COMPUTE, D2H, H2D
 
 if TYPE_CHECKING:
-    from engines.cards import Card
+    from engines.roofline.cards import Card
 
 MILLISECONDS = 1e3
 
@@ -26,7 +26,7 @@ def row_from_measurement(
     batch: int,
     way: str,
     first_seconds: float,
-    load: Workload,
+    workload: Workload,
     card: Card | None,
     telemetry: dict[str, Any] | None,
 ) -> Row:
@@ -38,7 +38,7 @@ def row_from_measurement(
         batch: images of a query.
         way: how it was computed.
         first_seconds: of the first inference.
-        load: what the file computes and moves.
+        workload: what the file computes and moves.
         card: that it ran on; None where there is none, or its peaks are not known.
         telemetry: what the card told of itself.
     """
@@ -62,16 +62,16 @@ def row_from_measurement(
         speedup=None,
         against=None,
         no_speedup=None,
-        bytes_per_image=load.bytes_per_image(batch),
-        bound=None if card is None else _bound(card, load, batch, rate.value, medians),
+        bytes_per_image=workload.bytes_per_image(batch),
+        bound=None if card is None else _bound(card, workload, batch, rate.value, medians),
         telemetry=telemetry,
         measurement=measurement,
     )
 
 
-def _bound(card: Card, load: Workload, batch: int, rate: float, medians: Mapping[str, float]) -> Bound | None:
+def _bound(card: Card, workload: Workload, batch: int, rate: float, medians: Mapping[str, float]) -> Bound | None:
     """The least time for a query on the card, and how near the row comes to it."""
-    least = load.bound(card, batch)
+    least = workload.bound(card, batch)
     if least is None:
         return None
     copying = medians.get(H2D, 0.0) + medians.get(D2H, 0.0)

@@ -110,11 +110,8 @@ def latency_percentiles(slices: Slices) -> dict[int, Estimate | None]:
     in_group = np.zeros((rounds, len(largest)))
     np.add.at(in_group, (slices.rounds[order], groups), 1)
     told = [percent for percent in PERCENTILES if count >= FEWEST[percent]]
-    found = {percent: np.empty(RESAMPLES) for percent in told}
-    for index, times in enumerate(_drawn(rounds)):
-        reached = np.cumsum(times @ in_group)
-        for percent in told:
-            found[percent][index] = largest[np.searchsorted(reached, _rank(round(reached[-1]), percent))]
+    reached = np.cumsum(_drawn(rounds) @ in_group, axis=1).astype(np.int64)
+    found = {percent: largest[(reached < _rank(reached[:, -1:], percent)).sum(axis=1)] for percent in told}
     values = {percent: float(latencies[_rank(count, percent) - 1]) for percent in told}
     return {
         percent: _estimate(values[percent], found[percent], rounds) if percent in told else None
@@ -132,9 +129,9 @@ def agree(rates: Sequence[float]) -> bool:
     return max(rates) - min(rates) <= AGREEMENT * (sum(rates) / len(rates))
 
 
-def _rank(count: int, percent: int) -> int:
+def _rank(count: NDArray[np.int64] | int, percent: int) -> NDArray[np.int64]:
     """Which of ``count`` sorted numbers a percentile is, from 1; in whole numbers, since 0.99 x 100 is not 99."""
-    return max(1, -(-count * percent // 100))
+    return np.maximum(1, -(-count * percent // 100))
 
 
 def _rounds_of_block(rounds: int) -> int:

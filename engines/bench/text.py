@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engines.bench.record import FileRow, Record, Row
+from engines.bench.rounds import WINDOWS
 from engines.bench.statistics import Estimate
+from engines.timing import COMPUTE, D2H, H2D
 
 MISSING = "-"
 WORDS = {True: "ok", False: "FAIL", None: "not checked"}
@@ -53,7 +55,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     used = [index for index in range(len(COLUMNS)) if any(line[index] != MISSING for line in cells[1:])]
     widths = {index: max(len(line[index]) for line in cells) for index in used}
     windows = len(rows[0].windows)
-    settled = "the last 3 agree" if all(row.settled for row in rows) else "not settled"
+    settled = f"the last {WINDOWS} agree" if all(row.settled for row in rows) else "not settled"
     lines = [f"batch {rows[0].batch}: {windows} windows, {settled}"]
     for line in cells:
         aligned = [
@@ -79,7 +81,7 @@ def _cells(row: Row) -> list[str]:
         _estimate(row.images_per_second, "", 0 if row.images_per_second.value >= 100 else 2),
         _plain(row.queries_per_second.value, 4),
         *(_ms(None if estimate is None else estimate.value) for estimate in row.latency_ms.values()),
-        *(_ms(row.parts_ms.get(part)) for part in ("h2d", "compute", "d2h")),
+        *(_ms(row.parts_ms.get(part)) for part in (H2D, COMPUTE, D2H)),
         _ms(row.first_seconds * 1e3),
         *(_told(row, name) for name in ("sm_clock_mhz", "temperature_c", "power_w", "joules_per_image")),
         MISSING if row.speedup is None else _estimate(row.speedup, "x", 2),

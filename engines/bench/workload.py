@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from engines.errors import InputRejected, UsageError
 
 if TYPE_CHECKING:
-    from engines.cards import Card
     from engines.roofline import Bound, Work
+    from engines.roofline.cards import Card
     from engines.sizes import Size
 
 

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from engines.bench.options import Options, check_options
     from engines.files import write_whole
-    from engines.receipt import Request, receipt_from_folders
+    from engines.receipts.receipt import Request, receipt_from_folders
 
     if arguments.device < 0:
         raise UsageError(f"--device {arguments.device}: GPUs are counted from 0")

@@ -30,8 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
         InputRejected: the receipt cannot be read.
     """
     from engines.json_value import Malformed
-    from engines.receipt_file import receipt_from_file
-    from engines.replay import HONESTY, checks_against, checks_of_receipt
+    from engines.receipts.received import receipt_from_file
+    from engines.receipts.replay import HONESTY, checks_against, checks_of_receipt
 
     path: pathlib.Path = arguments.receipt
     receipt = receipt_from_file(path)

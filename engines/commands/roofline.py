@@ -14,8 +14,8 @@ from engines.errors import UsageError
 from engines.sizes import check_sizes, size_from_text
 
 if TYPE_CHECKING:
-    from engines.cards import Card
-    from engines.fused_kernels import Work
+    from engines.roofline.cards import Card
+    from engines.roofline.fused_kernels import Work
     from engines.sizes import Size
 
 NAME = "roofline"
@@ -73,7 +73,7 @@ def _batches(text: str) -> tuple[int, ...]:
 
 
 def _cards(text: str | None) -> tuple[Card, ...]:
-    from engines.cards import CARDS, card_from_key
+    from engines.roofline.cards import CARDS, card_from_key
 
     return CARDS if text is None else tuple({card.key: card for card in map(card_from_key, text.split(","))}.values())
 

@@ -15,18 +15,22 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <new>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "program.h"
 #include "repvgg_engine.h"
 
 namespace {
 
 using repvgg::Code;
 using repvgg::Status;
+using repvgg::program::fail;
+using repvgg::program::formatted;
+using repvgg::program::require;
+using repvgg::program::status_of;
 using Clock = std::chrono::steady_clock;
 
 constexpr const char* kUsageText =
@@ -51,33 +55,15 @@ struct Arguments {
     bool graph = true, json = false, help = false;
 };
 
-struct Failure {
-    Status status;
-};
-
-[[noreturn]] void fail(Code code, const std::string& message) { throw Failure{Status(code, message.c_str())}; }
-
-void require(const Status& status) {
-    if (!status.ok()) throw Failure{status};
-}
-
 int number_from_text(const std::string& option, const std::string& text, int least, int most) {
-    const bool digits = !text.empty() && text.size() <= 6 && text.find_first_not_of("0123456789") == std::string::npos;
-    const int number = digits ? std::atoi(text.c_str()) : -1;
-    if (number < least || number > most) {
-        fail(Code::kUsage, option + " " + text + ": give a whole number from " + std::to_string(least) + " to " +
-                               std::to_string(most) + "; see repvgg_bench --help");
-    }
-    return number;
+    return repvgg::program::whole_number(option, text, least, most, "repvgg_bench");
 }
 
 // As in 3 or 0.5, whatever the locale.
 double seconds_from_text(const std::string& text) {
     const std::size_t point = std::min(text.find('.'), text.size());
     const std::string whole = text.substr(0, point), rest = point < text.size() ? text.substr(point + 1) : "";
-    const auto is_number = [](const std::string& part) {
-        return part.size() <= 6 && part.find_first_not_of("0123456789") == std::string::npos;
-    };
+    const auto is_number = [](const std::string& part) { return part.size() <= 6 && repvgg::program::is_digits(part); };
     const bool fits = is_number(whole) && is_number(rest) && !(whole + rest).empty();
     const double seconds =
         fits ? std::atoi(whole.c_str()) + std::atoi(rest.c_str()) / std::pow(10.0, static_cast<double>(rest.size()))
@@ -106,7 +92,7 @@ Arguments arguments_from(int count, char** texts) {
         } else if (text == "--threads") {
             arguments.threads = number_from_text(text, value(), 1, 64);
         } else if (text == "--device") {
-            arguments.device = number_from_text(text, value(), 0, 9999);
+            arguments.device = number_from_text(text, value(), 0, repvgg::program::kLastDevice);
         } else if (text == "--duration") {
             arguments.duration = seconds_from_text(value());
         } else if (text.compare(0, 1, "-") == 0) {
@@ -205,32 +191,20 @@ class Worker {
     std::vector<repvgg::Output> wanted_;
 };
 
-// Runs `body`; what it throws becomes the thread's status.
-template <typename Body>
-void guarded(Measured& measured, const Body& body) {
-    try {
-        body();
-    } catch (const Failure& failure) {
-        measured.status = failure.status;
-    } catch (const std::exception&) {
-        measured.status = Status(Code::kHostMemory, "out of memory on this machine; free memory and try again");
-    }
-}
-
 // All threads warm up, wait for each other, and measure together.
 std::vector<Measured> measured_by_threads(const repvgg::Engine& engine, const Arguments& arguments, int batch) {
     std::vector<Measured> all(static_cast<std::size_t>(arguments.threads));
     std::atomic<int> still_warming{arguments.threads};
     const auto run = [&](Measured& measured) {
         std::unique_ptr<Worker> worker;
-        guarded(measured, [&] {
+        measured.status = status_of([&] {
             worker = std::make_unique<Worker>(engine, arguments, batch);
             worker->warm_up(arguments.duration / 10, measured);
         });
         --still_warming;
         while (still_warming > 0) std::this_thread::yield();
         if (!measured.status.ok()) return;
-        guarded(measured, [&] { worker->measure(arguments.duration, measured); });
+        measured.status = status_of([&] { worker->measure(arguments.duration, measured); });
     };
     std::vector<std::thread> threads;
     for (std::size_t i = 1; i < all.size(); ++i) {
@@ -287,12 +261,6 @@ struct Figures {
 
 void append(std::vector<double>& all, const std::vector<double>& more) {
     all.insert(all.end(), more.begin(), more.end());
-}
-
-std::string formatted(const char* form, double number) {
-    char text[64];
-    std::snprintf(text, sizeof text, form, number);
-    return text;
 }
 
 Figures figures_of(const std::vector<Measured>& all, const Arguments& arguments, int batch) {
@@ -430,30 +398,15 @@ void bench(const Arguments& arguments) {
     (arguments.json ? print_json : print_text)(description, arguments, figures);
 }
 
-int failed(const Status& status) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "error: %s\n", status.message());
-    return status.exit_code();
-}
-
 }  // namespace
 
 int main(int count, char** texts) {
-    try {
+    return repvgg::program::exit_code_of([&] {
         const Arguments arguments = arguments_from(count, texts);
         if (arguments.help) {
             std::fputs(kUsageText, stdout);
         } else {
             bench(arguments);
         }
-        if (std::fflush(stdout) == 0) return 0;
-        std::fputs("error: standard output: cannot be written\n", stderr);
-        return 5;
-    } catch (const Failure& failure) {
-        return failed(failure.status);
-    } catch (const std::bad_alloc&) {
-        return failed(Status(Code::kHostMemory, "out of memory on this machine; free memory and try again"));
-    } catch (const std::exception& error) {
-        return failed(Status(Code::kInternal, error.what()));
-    }
+    });
 }

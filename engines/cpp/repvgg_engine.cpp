@@ -1,6 +1,14 @@
-// See repvgg_engine.h. In this file, from the bottom up: text, SHA-256, JSON, the sidecar, an engine's header, calls of
-// CUDA and TensorRT, the loaded engine, the context, and the interface. Inside, a failure is thrown as Refused; the
-// interface turns it into a Status.
+// See repvgg_engine.h. In this file, each upon those before it:
+//
+//     status and text          Refused, which is what is thrown in here; guarded(), which makes a Status of it
+//     SHA-256, files           what is hashed is what was read, once
+//     JSON, typed JSON         any file of JSON; a value with its place in it
+//     the sidecar              what <engine>.json says, as strictly as Python reads it
+//     the header               what the first bytes of the engine say
+//     calls                    of TensorRT and CUDA: errors, ownership, the current device
+//     the loaded engine        all checks, then deserialization; makes and frees contexts, one at a time
+//     the context              memory, streams, batches in parts, CUDA graphs
+//     the interface            of the header
 #include "repvgg_engine.h"
 
 #include <NvInfer.h>
@@ -869,21 +877,6 @@ Logger& the_logger() {
     return *logger;
 }
 
-[[noreturn]] void refuse_answer(const char* call) {
-    refuse(Code::kDevice, std::string(title_of(kSdk)) + ": " + call + " failed: " + Logger::said() +
-                              "; check the GPU with nvidia-smi and start the process again");
-}
-
-void answered(bool succeeded, const char* call) {
-    if (!succeeded) refuse_answer(call);
-}
-
-template <typename Made>
-std::unique_ptr<Made> made(Made* thing, const char* call) {
-    if (thing == nullptr) refuse_answer(call);
-    return std::unique_ptr<Made>(thing);
-}
-
 const char* remedy_of(cudaError_t error) {
     switch (error) {
         case cudaErrorMemoryAllocation:
@@ -898,12 +891,41 @@ const char* remedy_of(cudaError_t error) {
     }
 }
 
+Code code_of(cudaError_t error) { return error == cudaErrorMemoryAllocation ? Code::kDeviceMemory : Code::kDevice; }
+
+// CUDA keeps a thread's last error; the next library to ask would take it for its own.
+cudaError_t take_last_error() noexcept { return cudaGetLastError(); }
+
+// For calls that free or give back, where nothing more can be done about a failure.
+void disregard(cudaError_t error) noexcept {
+    if (error != cudaSuccess) static_cast<void>(take_last_error());
+}
+
+std::string text_of_failure(const char* call, cudaError_t error) {
+    return std::string(call) + " failed: " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + "); ";
+}
+
 void check(cudaError_t error, const char* call) {
     if (error == cudaSuccess) return;
-    static_cast<void>(cudaGetLastError());  // else the next library to ask takes it for its own
-    const Code code = error == cudaErrorMemoryAllocation ? Code::kDeviceMemory : Code::kDevice;
-    refuse(code, std::string(call) + " failed: " + cudaGetErrorName(error) + " (" + cudaGetErrorString(error) + "); " +
-                     remedy_of(error));
+    disregard(error);
+    refuse(code_of(error), text_of_failure(call, error) + remedy_of(error));
+}
+
+// TensorRT answers no more than that it failed; the reason is in its log, and what CUDA told it is CUDA's last error.
+[[noreturn]] void refuse_answer(const char* call) {
+    const cudaError_t error = take_last_error();
+    refuse(code_of(error),
+           std::string(title_of(kSdk)) + ": " + call + " failed: " + Logger::said() + "; " + remedy_of(error));
+}
+
+void answered(bool succeeded, const char* call) {
+    if (!succeeded) refuse_answer(call);
+}
+
+template <typename Made>
+std::unique_ptr<Made> made(Made* thing, const char* call) {
+    if (thing == nullptr) refuse_answer(call);
+    return std::unique_ptr<Made>(thing);
 }
 
 // Something of the CUDA runtime that is given back once.
@@ -918,7 +940,7 @@ class Owned {
         return *this;
     }
     ~Owned() {
-        if (handle_ != Handle{}) static_cast<void>(Free(handle_));
+        if (handle_ != Handle{}) disregard(Free(handle_));
     }
     Handle get() const noexcept { return handle_; }
 
@@ -941,7 +963,13 @@ DeviceMemory device_memory(std::size_t size) {
 
 PinnedMemory pinned_memory(std::size_t size) {
     void* memory = nullptr;
-    check(cudaMallocHost(&memory, std::max<std::size_t>(size, 1)), "cudaMallocHost");
+    const cudaError_t error = cudaMallocHost(&memory, std::max<std::size_t>(size, 1));
+    if (error == cudaErrorMemoryAllocation) {  // of the host, and locked, which the system may limit
+        disregard(error);
+        refuse(Code::kHostMemory, text_of_failure("cudaMallocHost", error) +
+                                      "free memory on this machine, or build the engine with a smaller maximum batch");
+    }
+    check(error, "cudaMallocHost");
     return PinnedMemory(memory);
 }
 
@@ -957,12 +985,31 @@ class Selected {
     Selected(const Selected&) = delete;
     Selected& operator=(const Selected&) = delete;
     ~Selected() {
-        if (changed_) static_cast<void>(cudaSetDevice(before_));
+        if (changed_) disregard(cudaSetDevice(before_));
     }
 
   private:
     int before_ = 0;
     bool changed_ = false;
+};
+
+// The work of a stream, which is over before anything it works on is freed, however the block around it is left.
+class Work {
+  public:
+    explicit Work(cudaStream_t stream) noexcept : stream_(stream) {}
+    Work(const Work&) = delete;
+    Work& operator=(const Work&) = delete;
+    ~Work() {
+        if (!waited_) disregard(cudaStreamSynchronize(stream_));
+    }
+    void wait() {
+        waited_ = true;
+        check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize");
+    }
+
+  private:
+    cudaStream_t stream_;
+    bool waited_ = false;
 };
 
 // Frees things of `device` by `release`, on that device as far as it can be selected.
@@ -1022,6 +1069,17 @@ bool is_capturable(const AnyContext&, cudaStream_t, long) {
 
 namespace internal {
 
+// TensorRT lets threads run contexts of one engine at once, and promises nothing for two that make or free some.
+struct FreesContext {
+    std::mutex* turn;
+    void operator()(nvinfer1::IExecutionContext* context) const noexcept {
+        const std::lock_guard<std::mutex> lock(*turn);
+        delete context;
+    }
+};
+using OwnedContext = std::unique_ptr<nvinfer1::IExecutionContext, FreesContext>;
+
+// Members are freed from the last to the first.
 struct LoadedEngine {
     int device = 0;
     Description description;
@@ -1029,12 +1087,13 @@ struct LoadedEngine {
     std::unique_ptr<nvinfer1::IRuntime> runtime;
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
     std::unique_ptr<nvinfer1::IRuntimeConfig> config;
-    mutable std::mutex making_contexts;
+    mutable std::mutex turn;  // to make or free a context
 
     // A context whose activations lie in `memory`; contexts that share it must take turns.
-    std::unique_ptr<nvinfer1::IExecutionContext> new_context(const DeviceMemory& memory) const {
-        const std::lock_guard<std::mutex> lock(making_contexts);
-        auto context = made(engine->createExecutionContext(config.get()), "createExecutionContext");
+    OwnedContext new_context(const DeviceMemory& memory) const {
+        const std::lock_guard<std::mutex> lock(turn);
+        OwnedContext context(made(engine->createExecutionContext(config.get()), "createExecutionContext").release(),
+                             FreesContext{&turn});
         context->setDeviceMemoryV2(memory.get(), static_cast<std::int64_t>(activations));
         return context;
     }
@@ -1157,7 +1216,9 @@ void deserialize(LoadedEngine& loaded, const std::string& path, const std::vecto
     loaded.config->setDynamicShapesKernelSpecializationStrategy(
         nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
 #endif
-    loaded.activations = static_cast<std::size_t>(std::max<std::int64_t>(loaded.engine->getDeviceMemorySizeV2(), 1));
+    const std::int64_t activations = loaded.engine->getDeviceMemorySizeV2();
+    answered(activations >= 0, "getDeviceMemorySizeV2");
+    loaded.activations = static_cast<std::size_t>(std::max<std::int64_t>(activations, 1));
 }
 
 struct DestroyOnDevice {
@@ -1217,7 +1278,7 @@ struct Staged {
 
 // The computation of one batch size, and the context that it is bound to. Without a graph: recording it failed.
 struct Recording {
-    std::unique_ptr<nvinfer1::IExecutionContext> context;
+    OwnedContext context;
     Executable graph;
 };
 
@@ -1232,7 +1293,7 @@ struct Running {
     Staged input;
     std::vector<Staged> outputs;
     std::array<Event, 4> events;  // around the copies and the computation; none without `timing`
-    std::unique_ptr<nvinfer1::IExecutionContext> context;
+    OwnedContext context;
     int batch_set = 0;  // in the shapes of `context`
     std::map<int, Recording> recordings;
     Status graph_refusal;
@@ -1370,15 +1431,10 @@ void Running::infer(const float* images, const Output* wanted, std::size_t count
 void Running::run_part(const float* images, int rows) {
     const int given = std::max(rows, smallest());
     fill(images, rows, given);
-    try {
-        enqueue(given);
-        check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
-        add_times();
-    } catch (...) {
-        static_cast<void>(cudaStreamSynchronize(stream.get()));  // nothing of it goes on
-        static_cast<void>(cudaGetLastError());
-        throw;
-    }
+    Work work(stream.get());
+    enqueue(given);
+    work.wait();
+    add_times();
     for (const Staged& output : outputs) {
         if (output.wanted == nullptr) continue;
         std::memcpy(output.wanted, output.pinned.get(), static_cast<std::size_t>(rows) * output.row_bytes);
@@ -1445,15 +1501,16 @@ void Running::add_times() {
 // A graph saves time and changes nothing: where it cannot be had, the batch size goes on without, and that is said.
 void Running::record(int batch) {
     if (!options.graph || recordings.count(batch) > 0) return;
+    if (recordings.size() >= kMostGraphs) {
+        graph_refusal = Status(Code::kUsage, "more than 16 batch sizes; the later ones have no graph");
+        return;
+    }
     const Status status = guarded([this, batch] {
-        if (recordings.size() >= kMostGraphs)
-            refuse(Code::kUsage, "more than 16 batch sizes; the later ones have no graph");
         Recording& recording = recordings[batch];
         recording = recorded(batch);
     });
     if (status.ok()) return;
-    static_cast<void>(cudaStreamSynchronize(stream.get()));
-    static_cast<void>(cudaGetLastError());
+    static_cast<void>(take_last_error());
     graph_refusal = status;
 }
 
@@ -1461,11 +1518,12 @@ void Running::record(int batch) {
 Recording Running::recorded(int batch) const {
     Recording recording;
     recording.context = loaded->new_context(activations);
+    Work work(stream.get());
     nvinfer1::IExecutionContext& own = *recording.context;
     set_batch(own, batch);
     bind(own);
     answered(own.enqueueV3(stream.get()), "enqueueV3");
-    check(cudaStreamSynchronize(stream.get()), "cudaStreamSynchronize");
+    work.wait();
     if (!is_capturable(own, stream.get(), 0))
         refuse(Code::kDevice, "this engine's work cannot be recorded as a CUDA graph");
     // Other threads may use the device meanwhile; only this one's calls are recorded.
@@ -1531,7 +1589,10 @@ Context::Context() noexcept = default;
 Context::~Context() { release(running_); }
 Context::Context(Context&& other) noexcept = default;
 Context& Context::operator=(Context&& other) noexcept {
-    std::swap(running_, other.running_);
+    if (this != &other) {
+        release(running_);
+        running_ = std::move(other.running_);
+    }
     return *this;
 }
 

@@ -122,8 +122,9 @@ struct Times {
 };
 
 // What one thread needs to run an engine: a stream, memory for the largest batch, pinned memory, graphs. Everything is
-// allocated by create; only the first run of a batch size records a graph. A second thread that comes in meanwhile is
-// turned away with kUsage.
+// allocated by create; only the first run of a batch size records a graph. A second thread that comes into infer
+// meanwhile is turned away with kUsage; the other members are for the thread that runs it. Freed like an engine: before
+// main ends, since CUDA may be gone when static objects are destroyed.
 class Context {
   public:
     Context() noexcept;

@@ -13,22 +13,22 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <iterator>
 #include <limits>
-#include <new>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "program.h"
 #include "repvgg_engine.h"
 
 namespace {
 
 using repvgg::Code;
-using repvgg::Status;
+using repvgg::program::fail;
+using repvgg::program::formatted;
+using repvgg::program::require;
 
 constexpr const char* kUsageText =
     "usage: repvgg_verify ENGINE GOLDEN [--device N]\n"
@@ -45,22 +45,6 @@ struct Arguments {
     bool help = false;
 };
 
-struct Failure {
-    Status status;
-};
-
-[[noreturn]] void fail(Code code, const std::string& message) { throw Failure{Status(code, message.c_str())}; }
-
-void require(const Status& status) {
-    if (!status.ok()) throw Failure{status};
-}
-
-int device_from_text(const std::string& text) {
-    const bool digits = !text.empty() && text.size() <= 4 && text.find_first_not_of("0123456789") == std::string::npos;
-    if (!digits) fail(Code::kUsage, "--device " + text + ": GPUs are counted from 0; see repvgg_verify --help");
-    return std::atoi(text.c_str());
-}
-
 Arguments arguments_from(int count, char** texts) {
     Arguments arguments;
     std::vector<std::string> files;
@@ -69,7 +53,9 @@ Arguments arguments_from(int count, char** texts) {
         if (text == "--help") {
             arguments.help = true;
         } else if (text == "--device") {
-            arguments.device = device_from_text(i + 1 < count ? texts[++i] : "");
+            const std::string value = i + 1 < count ? texts[++i] : "";
+            arguments.device =
+                repvgg::program::whole_number(text, value, 0, repvgg::program::kLastDevice, "repvgg_verify");
         } else if (text.compare(0, 1, "-") == 0) {
             fail(Code::kUsage, text + ": no such option; see repvgg_verify --help");
         } else {
@@ -257,10 +243,11 @@ struct Rows {
     const double* row(std::size_t index) const { return values.data() + index * width; }
 };
 
-double largest_of(const std::vector<float>& values) {
+// The largest absolute value, or what float32 can still divide by; 1 for an output of zeros.
+double scale_of(const std::vector<float>& values) {
     float largest = 0;
     for (const float value : values) largest = std::max(largest, std::fabs(value));
-    return static_cast<double>(largest);
+    return largest > 0 ? static_cast<double>(std::max(largest, std::numeric_limits<float>::min())) : 1;
 }
 
 // `answers` in the order and scale of the golden outputs.
@@ -269,14 +256,14 @@ Rows joined(const Golden& golden, const std::vector<std::vector<float>>& answers
     rows.count = static_cast<std::size_t>(golden.count);
     for (const Array& output : golden.outputs) rows.width += output.width();
     rows.values.reserve(rows.count * rows.width);
+    std::vector<double> scales;
+    for (const Array& output : golden.outputs) scales.push_back(answers.size() == 1 ? 1 : scale_of(output.values));
     for (std::size_t row = 0; row < rows.count; ++row) {
         for (std::size_t k = 0; k < answers.size(); ++k) {
-            const Array& output = golden.outputs[k];
-            const double largest = largest_of(output.values);
-            const double scale = answers.size() == 1 || largest == 0 ? 1 : largest;
-            const float* values = answers[k].data() + row * output.width();
-            for (std::size_t i = 0; i < output.width(); ++i) {
-                rows.values.push_back(static_cast<double>(values[i]) / scale);
+            const std::size_t width = golden.outputs[k].width();
+            const float* values = answers[k].data() + row * width;
+            for (std::size_t i = 0; i < width; ++i) {
+                rows.values.push_back(static_cast<double>(values[i]) / scales[k]);
             }
         }
     }
@@ -404,12 +391,6 @@ bool tells_apart(const Rows& reference, const Gate& gate) {
 
 // -------------------------------------------------------------------------------------------------------- the checks
 
-std::string formatted(const char* form, double number) {
-    char text[64];
-    std::snprintf(text, sizeof text, form, number);
-    return text;
-}
-
 // Prints a line for each check and counts them.
 class Checks {
   public:
@@ -477,12 +458,10 @@ class Verification {
             checks.add(false, "answers", "the engine has no output " + output.name + " of the golden vectors' shape");
             return;
         }
+        const char* by_graph = "answers, by CUDA graph";
         check_answers(checks, "answers, by launches");
-        if (context_.graph_refusal()[0] == '\0') {
-            check_answers(checks, "answers, by CUDA graph");
-        } else {
-            checks.leave_out("answers, by CUDA graph", context_.graph_refusal());
-        }
+        if (context_.graphs() > 0) check_answers(checks, by_graph);  // of some batch sizes, if not of all
+        if (context_.graph_refusal()[0] != '\0') checks.leave_out(by_graph, context_.graph_refusal());
     }
 
   private:
@@ -580,30 +559,15 @@ void verify(const Arguments& arguments) {
     checks.finish();
 }
 
-int failed(const Status& status) {
-    std::fflush(stdout);
-    std::fprintf(stderr, "error: %s\n", status.message());
-    return status.exit_code();
-}
-
 }  // namespace
 
 int main(int count, char** texts) {
-    try {
+    return repvgg::program::exit_code_of([&] {
         const Arguments arguments = arguments_from(count, texts);
         if (arguments.help) {
             std::fputs(kUsageText, stdout);
         } else {
             verify(arguments);
         }
-        if (std::fflush(stdout) == 0) return 0;
-        std::fputs("error: standard output: cannot be written\n", stderr);
-        return 5;
-    } catch (const Failure& failure) {
-        return failed(failure.status);
-    } catch (const std::bad_alloc&) {
-        return failed(Status(Code::kHostMemory, "out of memory on this machine; free memory and try again"));
-    } catch (const std::exception& error) {
-        return failed(Status(Code::kInternal, error.what()));
-    }
+    });
 }

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from engines.markdown_text import Markup, code, escaped, table
 from exporter.errors import listed
 from exporter.report.record import (
     AccuracyRow,
@@ -28,11 +28,8 @@ from exporter.report.text import equalization_in_words, made_in_words, rescaled_
 
 LARGEST_SIZE = 900 * 1024
 """Of the whole text, in bytes of UTF-8."""
-LARGEST_CELL = 1000
-"""Of one cell's text, in characters."""
 HEADROOM_ROWS = 5
 QUANTIZED_ROWS = 5
-_SPECIAL = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
 LEDGER_COLUMNS = (
     "stage", "max abs", "mean abs", "relative", "SQNR dB", "cosine", "top-1", "flips", "non-finite", "added", "batches",
 )  # fmt: skip
@@ -40,12 +37,6 @@ QUANTIZATION_COLUMNS = (
     "file", "made with", "SQNR dB", "images", "same top-1", "budget dB", "equalization", "fitted on",
     "ONNX Runtime to simulation dB", "with INT8 kernels dB", "seconds",
 )  # fmt: skip
-
-
-class Markup(str):
-    """Text that is Markdown already."""
-
-    __slots__ = ()
 
 
 def markdown_from_report(report: Report) -> str:
@@ -90,24 +81,8 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 def section(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A heading with a table; empty without rows. Cells that are not ``Markup`` are escaped."""
-    lines = [[_cell(cell) for cell in row] for row in rows]
-    if not lines:
-        return ""
-    table = [[_cell(column) for column in columns], ["---"] * len(columns), *lines]
-    return f"## {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
-
-
-def escaped(text: str) -> Markup:
-    """Text that shows as it is, in one line and outside of a code span."""
-    return Markup(_SPECIAL.sub(_escape, _one_line(text)))
-
-
-def code(text: str) -> Markup:
-    """A code span of any text, also in a table."""
-    line = _one_line(text).replace("|", "\\|")
-    longest = max((len(run) for run in re.findall("`+", line)), default=0)
-    fence, space = "`" * (longest + 1), " " if longest else ""
-    return Markup(f"{fence}{space}{line}{space}{fence}")
+    lines = table(columns, rows)
+    return f"## {title}\n\n{lines}" if lines else ""
 
 
 def ledger_cells(row: LedgerRow) -> tuple[object, ...]:
@@ -150,29 +125,29 @@ def _check(check: Check) -> tuple[str, str, str]:
 
 def _layers(layers: Sequence[LayerRow], first_departing: str | None) -> str:
     stages = list(dict.fromkeys(itertools.chain.from_iterable(row.errors for row in layers)))
-    table = section(
+    shown = section(
         "Layers",
         ("layer", *stages),
         ((row.layer, *(f"{row.errors[s]:.1e}" if s in row.errors else "" for s in stages)) for row in layers),
     )
-    if not table:
+    if not shown:
         return ""
     departs = f"The first that departs is **{escaped(first_departing)}**." if first_departing else "None departs."
-    return f"{table}\n\nRelative errors of each layer's output. {departs}"
+    return f"{shown}\n\nRelative errors of each layer's output. {departs}"
 
 
 def _headroom(report: Report) -> str:
     """The convolutions with the least headroom; all of them stand in the JSON."""
     rows = sorted(report.headroom, key=lambda row: row.before.factor)[:HEADROOM_ROWS]
-    table = section(
+    shown = section(
         "Headroom in half",
         ("convolution", "peak", "channel", "headroom", "bits", "rescaled", "headroom after", "bits after"),
         map(_headroom_cells, rows),
     )
-    if not table:
+    if not shown:
         return ""
     peaks = f"Peaks on {escaped(report.inputs)}"
-    return f"{table}\n\n{peaks}; the least of {len(report.headroom)} convolutions, all of which are in report.json."
+    return f"{shown}\n\n{peaks}; the least of {len(report.headroom)} convolutions, all of which are in report.json."
 
 
 def _headroom_cells(row: HeadroomRow) -> tuple[object, ...]:
@@ -211,9 +186,9 @@ def _quantized_parts(record: QuantizationRecord) -> Iterator[str]:
     name = escaped(record.file)
     worst = sorted(record.layers, key=lambda row: -math.inf if math.isnan(row.sqnr_db) else row.sqnr_db)
     columns = ("layer", "range of its input", "chosen by", "beyond it", "SQNR dB", "alone dB", "all but it dB")
-    table = section(f"INT8, layers of {name}", columns, map(_quantized_cells, worst[:QUANTIZED_ROWS]))
-    if table:
-        yield table
+    shown = section(f"INT8, layers of {name}", columns, map(_quantized_cells, worst[:QUANTIZED_ROWS]))
+    if shown:
+        yield shown
         yield f"The worst of {len(worst)} layers, all of which are in report.json."
     kept = section(f"Not in INT8 in {name}", ("layer", "reason"), record.kept.items())
     if kept:
@@ -268,21 +243,3 @@ def _engines(report: Report) -> Iterable[tuple[str, str, str, str]]:
 def _certificates(report: Report) -> Iterable[tuple[str, str, str, str]]:
     for row in report.certificates:
         yield row["block"], " + ".join(row["branches"]), f"{row['error']:.1e}", f"{row['rounding_error']:.1e}"
-
-
-def _cell(value: object) -> str:
-    return str(value) if isinstance(value, Markup) else escaped(str(value))
-
-
-def _one_line(text: str) -> str:
-    """One line of bounded length, in which a character that cannot be seen, or would turn the text, is spelled out."""
-    line = " ".join(text.split())
-    line = line if len(line) <= LARGEST_CELL else line[: LARGEST_CELL - 3] + "..."
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in line
-    )
-
-
-def _escape(match: re.Match[str]) -> str:
-    char = match[0]
-    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(char, f"\\{char}")

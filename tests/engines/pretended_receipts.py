@@ -17,12 +17,13 @@ import pytest
 from onnx import numpy_helper
 
 import engines.bench
-from engines import layer_by_layer, receipt, verification
+from engines import verification
 from engines.bench import Options
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.parity import GATES
-from engines.receipt import Request, receipt_from_folders
-from engines.receipt_figures import DIGEST, digest_of
+from engines.receipts import layer_by_layer, receipt
+from engines.receipts.figures import DIGEST, digest_of
+from engines.receipts.receipt import Request, receipt_from_folders
 from engines.report_file import REPORT_NAME
 from tests.engines import fake_nvml
 from tests.engines.fake_cuda import Costs

@@ -531,10 +531,11 @@ def test_a_provider_that_is_not_here_is_told(measure, a):
 
 def test_threads_and_provider_reach_the_session_and_are_told(sessions, measure, a):
     record = measure(a, threads=1, provider="cpu")
-    assert [(source.threads, source.provider) for source in sessions.sources] == [(1, "cpu")]
+    assert [(source.threads, source.provider, source.spinning) for source in sessions.sources] == [(1, "cpu", False)]
     told = {one.name: (one.value, one.source) for one in record.settings}
     assert told["threads"] == ("1", "--threads")
     assert told["provider"] == ("cpu", "--provider")
+    assert told["spinning threads"] == ("off, so that files leave each other the processor", "bench")
     assert told["batch"] == ("1", "--batch")
     assert told["duration"] == ("0.05 s", "--duration")
     left_alone = {one.name: (one.value, one.source) for one in measure(a, duration=3.0).settings}

@@ -10,9 +10,9 @@ import pytest
 
 from engines.backends import tensorrt as backend_module
 from engines.bench import Options, bench, lines_from_record
-from engines.cards import card_from_key
 from engines.errors import SdkMissing
 from engines.roofline import bound_of, works_of_file
+from engines.roofline.cards import card_from_key
 from tests.engines import fake_nvml
 from tests.engines.fake_machine import ONNX, answers, fake_machine, images
 from tests.engines.fake_nvml import Phase

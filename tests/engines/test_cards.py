@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.cards import CARDS, FILE_NAME, GIGA, TERA, card_from_key, card_of_device, cards_from_json
 from engines.errors import InputRejected, UsageError
+from engines.roofline.cards import CARDS, FILE_NAME, GIGA, TERA, card_from_key, card_of_device, cards_from_json
 
-CONTENT = importlib.resources.files("engines").joinpath(FILE_NAME).read_text(encoding="utf-8")
+CONTENT = importlib.resources.files("engines.roofline").joinpath(FILE_NAME).read_text(encoding="utf-8")
 BY_KEY = {card.key: card for card in CARDS}
 EACH = pytest.mark.parametrize("card", CARDS, ids=lambda card: card.key)
 

@@ -12,24 +12,24 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from engines import layer_by_layer
 from engines.audit import audit_of_file
 from engines.backends.backend import TensorDescription
 from engines.errors import CompilerRefused, InputRejected, SdkMissing
 from engines.golden import golden_from_file
-from engines.layer_by_layer import (
+from engines.manifest import manifest_from_file, sidecar_path
+from engines.onnx_file import DTYPES, onnx_file_from_path
+from engines.parity import GATES
+from engines.plan import header_from_file
+from engines.receipts import layer_by_layer
+from engines.receipts.figures import first_departure
+from engines.receipts.layer_by_layer import (
     compile_copy,
-    first_departure,
     layer_from_results,
     layer_names,
     layers_of_engine,
     with_outputs,
     write_copy,
 )
-from engines.manifest import manifest_from_file, sidecar_path
-from engines.onnx_file import DTYPES, onnx_file_from_path
-from engines.parity import GATES
-from engines.plan import header_from_file
 from engines.sdk import SDKS
 from tests.engines.conftest import expected
 from tests.engines.fake_machine import fake_machine

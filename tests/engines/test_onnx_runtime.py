@@ -221,3 +221,22 @@ def test_a_provider_that_refuses_the_graph_is_missing(file, with_cuda):
     with_cuda(refuse)
     with pytest.raises(SdkMissing, match=r"CUDAExecutionProvider cannot compute it here \(nodes were .* the CPU\)$"):
         load(file, provider="cuda")
+
+
+@pytest.mark.parametrize(("given", "threads", "spinning"), [({}, 0, None), ({"threads": 2, "spinning": False}, 2, "0")])
+def test_threads_and_whether_they_spin_are_passed_on(file, monkeypatch, given, threads, spinning):
+    made = []
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(
+        onnxruntime,
+        "InferenceSession",
+        lambda path, options, **rest: made.append(options) or real(path, options, **rest),
+    )
+    OnnxRuntime(file, **given)
+    (options,) = made
+    assert options.intra_op_num_threads == threads
+    try:
+        found = options.get_session_config_entry("session.intra_op.allow_spinning")
+    except RuntimeError:  # it is not set
+        found = None
+    assert found == spinning

@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import engines.bench
-from engines import layer_by_layer, receipt, receipt_machine
-from engines.anonymous import without_directories
 from engines.bench.options import settings_of
 from engines.errors import CompilerRefused, DeviceFailed
 from engines.files import sha256_of
 from engines.json_value import Malformed, Value
-from engines.packing import packed_array, unpacked_array
+from engines.receipts import layer_by_layer, receipt
+from engines.receipts import machine as machine_module
+from engines.receipts.anonymous import without_directories
+from engines.receipts.packing import packed_array, unpacked_array
 from tests.engines.pretended_receipts import (
     CAPABILITY,
     GPU,
@@ -143,8 +144,8 @@ def test_the_drivers_cuda_is_asked_of_the_driver(monkeypatch, status, expected):
             place._obj.value = 12080
             return status
 
-    monkeypatch.setattr(receipt_machine.ctypes, "CDLL", lambda name: Driver())
-    assert receipt_machine.cuda_of_driver() == expected
+    monkeypatch.setattr(machine_module.ctypes, "CDLL", lambda name: Driver())
+    assert machine_module.cuda_of_driver() == expected
 
 
 def test_several_exports_are_in_one_receipt(export, machine, engines_command):

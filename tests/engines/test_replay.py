@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from engines.errors import InputRejected
 from engines.json_value import Malformed
-from engines.receipt_file import receipt_from_file
-from engines.replay import checks_of_receipt
-from engines.replay_throughput import TOLD, differences
+from engines.receipts.received import receipt_from_file
+from engines.receipts.replay import checks_of_receipt
+from engines.receipts.replay_throughput import TOLD, differences
 from tests.engines.pretended_receipts import scaled, sealed, written_receipt
 
 UNSAID = ("cores", "load", "l2_bytes")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends.backend import TensorDescription
-from engines.cards import CARDS, Card, card_from_key
 from engines.errors import InputRejected
 from engines.onnx_file import Node, OnnxFile, onnx_file_from_path
 from engines.plan import plan_from_file
@@ -27,6 +26,7 @@ from engines.roofline import (
     works_from_onnx,
     works_of_file,
 )
+from engines.roofline.cards import CARDS, Card, card_from_key
 from engines.traffic import traffic_of_plan
 from tests.engines.quantized_graphs import PORTABLE, RTX, Block, QuantizedGraph, engine_from_model
 from tests.engines.typed_graphs import Layer, TypedGraph

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from engines.cards import CARDS, card_from_key
 from engines.roofline import bound_of, works_of_file
+from engines.roofline.cards import CARDS, card_from_key
 from tests.engines.typed_graphs import Layer, TypedGraph
 
 LAYERS = (Layer("stage0.0", 16, stride=2), Layer("stage1.0", 256, stride=2), Layer("stage1.1", 256))
@@ -125,7 +125,7 @@ def test_a_precision_without_a_peak_is_said_and_the_other_cards_are_predicted(en
     card = card_from_key("l4")
     peaks = {**card.operations_per_second, "fp16": None}
     unknown = dataclasses.replace(card, key="x", title="X", operations_per_second=peaks)
-    monkeypatch.setattr("engines.cards.CARDS", (unknown, card))
+    monkeypatch.setattr("engines.roofline.cards.CARDS", (unknown, card))
     path = graph()
     found = rows(engines_command("roofline", path, "--batch", "1"))
     assert found["X", 1] == ["-", "-", "-", "-", "no peak of fp16 is known for X"]

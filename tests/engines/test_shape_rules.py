@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from engines.errors import InputRejected
 from engines.onnx_file import onnx_file_from_path
-from engines.shape_rules import RULES, TensorType
-from engines.tensor_types import constants_of_graph, types_of_graph
+from engines.roofline.shape_rules import RULES, TensorType
+from engines.roofline.tensor_types import constants_of_graph, types_of_graph
 
 KINDS = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.float16): TensorProto.FLOAT16}
 

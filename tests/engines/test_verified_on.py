@@ -10,7 +10,16 @@ import pytest
 
 from engines.errors import InputRejected, UsageError, VerificationFailed
 from engines.files import sha256_of
-from engines.verified_on import BEGIN, END, HEADER, NONE, main, markdown_from_receipts, readme_with_table, with_table
+from engines.receipts.verified_on import (
+    BEGIN,
+    END,
+    HEADER,
+    NONE,
+    main,
+    markdown_from_receipts,
+    readme_with_table,
+    with_table,
+)
 from tests.conftest import EXAMPLES, ROOT, run_process
 from tests.engines.pretended_receipts import GPU, scaled, sealed, written_receipt
 
@@ -98,16 +107,27 @@ def test_several_receipts_make_as_many_rows(sound, project):
     assert "[2031-01-02](examples/receipts/card1.json)" in table
 
 
-def test_a_name_cannot_break_the_table(sound, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("A | B", r"A \| B"),
+        (f"A {END} B", "A &lt;!-- /verified-on --&gt; B"),
+        ("[A](https://example.org)", r"\[A\](https://example.org)"),
+    ],
+    ids=["a column", "the mark of the end", "a link"],
+)
+def test_a_name_cannot_break_the_table(sound, tmp_path, name, shown):
     value = copy.deepcopy(sound)
-    value["card"], name = None, "A | B"
+    value["card"] = None
     value["machine"] |= {"gpu": name, "card": None}
     record = value["exports"][0]["throughput"]
     record["machine"] |= {"gpu": name, "card": None}
     for row in record["rows"]:
         row["bound"] = None
     (tmp_path / "card.json").write_text(json.dumps(sealed(value)))
-    assert markdown_from_receipts([tmp_path / "card.json"], SHIPPED).splitlines()[-1].startswith(r"| A \| B (sm86) |")
+    lines = markdown_from_receipts([tmp_path / "card.json"], SHIPPED).splitlines()
+    assert len(lines) == 3
+    assert lines[-1].startswith(f"| {shown} (sm86) |")
 
 
 # --- one that does not is an error, and the README stays as it was
@@ -162,7 +182,7 @@ def test_a_receipt_that_does_not_hold_makes_no_row(request, sound, project, kind
     with pytest.raises(error, match=r"card1\.json: ") as raised:
         readme_with_table(readme)
     assert said in str(raised.value)
-    done = run_process(["-m", "engines.verified_on", readme], ROOT) if kind == "failed" else None
+    done = run_process(["-m", "engines.receipts.verified_on", readme], ROOT) if kind == "failed" else None
     if done is not None:
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
         assert done.stderr.startswith("error: ")

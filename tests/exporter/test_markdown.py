@@ -10,17 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.markdown_text import LARGEST_CELL, code, escaped
 from engines.parity import Flip
 from exporter.report import Check, markdown_from_report
-from exporter.report.markdown import (
-    LARGEST_CELL,
-    LARGEST_SIZE,
-    LEDGER_COLUMNS,
-    code,
-    escaped,
-    flips_in_words,
-    section,
-)
+from exporter.report.markdown import LARGEST_SIZE, LEDGER_COLUMNS, flips_in_words, section
 from tests.reports import DIGEST, PASSING, REPORT, reports
 
 STEP_LIMIT = 1024 * 1024

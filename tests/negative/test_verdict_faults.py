@@ -21,13 +21,13 @@ from onnx import helper, numpy_helper
 
 import exporter
 from engines.errors import InputRejected
+from engines.markdown_text import escaped
 from engines.verification import Verification
 from exporter import onnxruntime_cpu, pipeline, processes, typed
 from exporter import plain as plain_module
 from exporter.checkpoint import checkpoint_from_path
 from exporter.errors import ReportedError, VerificationFailed
 from exporter.report import markdown_from_report
-from exporter.report.markdown import escaped
 from exporter.repvgg import network_from_checkpoint
 from exporter.request import Request
 from exporter.verify import main as verify

@@ -1,50 +1,85 @@
-"""The C++ programs, compiled once a session, whatever the number of pytest's workers."""
+"""The C++ programs, compiled twice a session, whatever the number of pytest's workers.
+
+With CMake for TensorRT for RTX, under the sanitizers of addresses, leaks and undefined behaviour; and for full TensorRT
+under that of threads. So both SDKs' forms are compiled and run, and what is tested is what CMake installs.
+"""
 
 from __future__ import annotations
 
 import fcntl
-import functools
 import os
 import pathlib
 import shutil
 
 import pytest
 
-from tests.engines.cpp.programs import ADDRESS, BENCH, PROBE, THREAD, VERIFY, build, golden_file, run, write_engine
+from tests.engines.cpp.programs import (
+    ADDRESS,
+    THREAD,
+    build,
+    build_with_cmake,
+    golden_file,
+    run,
+    write_engine,
+)
+
+
+def need(*tools: str) -> None:
+    """Fails where a compiler is missing: skipping would leave the C++ library untested, and say that all is well."""
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if missing:
+        pytest.fail(f"{', '.join(missing)} not found: apt-get install g++ cmake make", pytrace=False)
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """``built(name, flags, programs)``: the directory of the compiled programs."""
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++ here")
+def built_once(tmp_path_factory):
+    """``built_once(name, build)``: a folder that ``build(folder)`` filled, by whichever worker came first."""
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    @functools.cache
-    def once(name, flags, programs):
+    def call(name, build):
         folder = shared / f"cpp-{name}"
         with open(shared / f"cpp-{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (folder / "done").exists():
                 folder.mkdir(exist_ok=True)
-                build(folder, flags, programs)
+                build(folder)
                 (folder / "done").touch()
         return folder
 
-    return once
+    return call
 
 
 @pytest.fixture(scope="session")
-def programs(built) -> pathlib.Path:
-    """All of them, for TensorRT for RTX, with the sanitizers of addresses, leaks and undefined behaviour."""
-    return built("address", ADDRESS, (VERIFY, BENCH, PROBE))
+def installed(built_once) -> pathlib.Path:
+    """Where CMake installed the library and its programs; the probe is beside them."""
+    need("g++", "cmake", "make")
+    return built_once("address", lambda folder: build_with_cmake(folder, ADDRESS)) / "prefix"
 
 
 @pytest.fixture(scope="session")
-def threaded(built) -> pathlib.Path:
-    """Those with threads, for full TensorRT, with the sanitizer of threads."""
-    return built("thread", THREAD, (BENCH, PROBE))
+def programs(installed) -> pathlib.Path:
+    """All of them, for TensorRT for RTX."""
+    return installed / "bin"
+
+
+@pytest.fixture(scope="session")
+def threaded(built_once) -> pathlib.Path:
+    """Those with threads, for full TensorRT."""
+    need("g++")
+    return built_once("thread", lambda folder: build(folder, THREAD))
+
+
+@pytest.fixture
+def needs_gxx() -> None:
+    """Fails without g++."""
+    need("g++")
+
+
+@pytest.fixture
+def needs_cmake() -> None:
+    """Fails without CMake and what it calls."""
+    need("g++", "cmake", "make")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import re
 import struct
 import subprocess
 
@@ -23,8 +24,10 @@ STUB = pathlib.Path(__file__).parent
 INCLUDES = (f"-I{STUB / 'interface'}", f"-I{STUB}", f"-I{CPP}")
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wsign-conversion", "-Wshadow", "-Werror")
 LIBRARY = (CPP / "repvgg_engine.cpp", STUB / "stub.cpp")
-VERIFY, BENCH, PROBE = CPP / "repvgg_verify.cpp", CPP / "repvgg_bench.cpp", STUB / "probe.cpp"
-ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+BENCH, PROBE = CPP / "repvgg_bench.cpp", STUB / "probe.cpp"
+LANGUAGE = ("-std=c++17", "-O0", "-g1", *WARNINGS)
+ADDRESS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-sanitize=null,vptr,object-size")
+"""Without what the sanitizer of addresses sees as well; it would double the time that compiling takes."""
 THREAD = ("-fsanitize=thread", "-DSTUB_FULL_TENSORRT")
 """Full TensorRT in place of TensorRT for RTX, so that both are compiled and run."""
 
@@ -46,21 +49,47 @@ def run(*command: object, cwd: pathlib.Path | None = None, **environment: object
     return subprocess.run(strings, cwd=cwd, env=settings, capture_output=True, text=True, check=False)
 
 
-def build(folder: pathlib.Path, flags: tuple[str, ...], programs: tuple[pathlib.Path, ...]) -> pathlib.Path:
-    """Compiles ``programs`` with every warning an error; returns ``folder``, which then holds them."""
+def check(*command: object, **environment: object) -> None:
+    """Runs a program that must succeed, and say nothing of errors or warnings."""
+    done = run(*command, **environment)
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+
+def assert_refused_in_a_line_or_right(done: subprocess.CompletedProcess[str]) -> None:
+    """A program in which a call failed said so in one line, or went on without what it did not need."""
+    code = 3 if "cudaMallocHost" in done.stderr else 4  # memory that is pinned is the host's
+    refused = done.returncode == code and re.fullmatch("error: [^\n]{20,}\n", done.stderr)
+    assert refused or (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def build(folder: pathlib.Path, flags: tuple[str, ...]) -> None:
+    """Compiles repvgg_bench and the probe into ``folder``, with every warning an error."""
 
     def object_from(source: pathlib.Path) -> None:
-        target = folder / f"{source.stem}.o"
-        done = run("g++", "-std=c++17", "-O0", "-g1", *WARNINGS, *flags, *INCLUDES, "-c", source, "-o", target)
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        check("g++", *LANGUAGE, *flags, *INCLUDES, "-c", source, "-o", folder / f"{source.stem}.o")
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(object_from, (*LIBRARY, *programs)))
+        list(pool.map(object_from, (*LIBRARY, BENCH, PROBE)))
     objects = [folder / f"{source.stem}.o" for source in LIBRARY]
-    for program in programs:
-        done = run("g++", *flags, folder / f"{program.stem}.o", *objects, "-o", folder / program.stem, "-pthread")
-        assert done.returncode == 0, done.stderr
-    return folder
+    for program in (BENCH, PROBE):
+        check("g++", *flags, folder / f"{program.stem}.o", *objects, "-o", folder / program.stem, "-pthread")
+
+
+def build_with_cmake(folder: pathlib.Path, flags: tuple[str, ...]) -> None:
+    """Builds and installs the library and its programs into ``folder / "prefix"``, and the probe with what is there."""
+    build, prefix = folder / "build", folder / "prefix"
+    settings = (f"-DREPVGG_ENGINE_STUB={STUB}", f"-DCMAKE_CXX_FLAGS={' '.join((*LANGUAGE[1:], *flags))}")
+    check("cmake", "-S", CPP, "-B", build, *settings, TENSORRT_ROOT="")
+    check("cmake", "--build", build, "-j", "2")
+    check("cmake", "--install", build, "--prefix", prefix)
+    library = (
+        f"-I{prefix / 'include'}",
+        f"-I{STUB}",
+        f"-I{STUB / 'interface'}",
+        PROBE,
+        prefix / "lib/librepvgg_engine.a",
+    )
+    check("g++", *LANGUAGE, *flags, *library, "-o", prefix / "bin" / "probe", "-pthread")
 
 
 @dataclasses.dataclass(frozen=True)

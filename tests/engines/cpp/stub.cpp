@@ -71,12 +71,16 @@ void violated(const char* what) {
     std::fprintf(stderr, "stub: %s\n", what);
 }
 
-// Whether this call is the one to fail.
-bool fails() {
+thread_local cudaError_t last_error = cudaSuccess;
+
+// Whether this call is the one to fail; `error` is then this thread's last one.
+bool fails(cudaError_t error = cudaErrorUnknown) {
     const long call = call_count.next(), failing = failing_call;
     const bool now = failing > 0 && (call == failing || (fails_forever != 0 && call > failing));
-    if (now) failure_happened = 1;
-    return now;
+    if (!now) return false;
+    failure_happened = 1;
+    last_error = error;
+    return true;
 }
 
 int number_from_environment(const char* name, int usual) {
@@ -119,7 +123,7 @@ bool is_in_block(const void* address, std::size_t size, Place place) {
 
 cudaError_t allocate(void** memory, std::size_t size, Place place) {
     const Inside inside;
-    if (fails()) return cudaErrorMemoryAllocation;
+    if (fails(cudaErrorMemoryAllocation)) return cudaErrorMemoryAllocation;
     void* made = std::malloc(size);
     std::memset(made, 0xff, size);
     const std::lock_guard<std::mutex> lock(blocks_mutex);
@@ -226,7 +230,7 @@ cudaError_t cudaSetDevice(int device) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGetLastError(void) { return cudaSuccess; }
+cudaError_t cudaGetLastError(void) { return std::exchange(last_error, cudaSuccess); }
 
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {
@@ -359,8 +363,8 @@ struct Counted {
     ~Counted() { --live_count; }
 };
 
-bool refused(nvinfer1::ILogger* logger, const char* call) {
-    if (!fails()) return false;
+bool refused(nvinfer1::ILogger* logger, const char* call, cudaError_t error = cudaErrorUnknown) {
+    if (!fails(error)) return false;
     logger->log(nvinfer1::ILogger::Severity::kWARNING, "a warning that is nobody's reason");
     logger->log(nvinfer1::ILogger::Severity::kERROR, call);
     return true;
@@ -505,13 +509,33 @@ class StubConfig final : public nvinfer1::IRuntimeConfig, Counted {
     bool user_managed = false;
 };
 
+// Complains where two threads are in one at once, and stays long enough to meet another.
+class OneAtATime {
+  public:
+    explicit OneAtATime(std::atomic<bool>& taken) : taken_(taken) {
+        if (taken_.exchange(true)) violated("two threads made or freed contexts of one engine at once");
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    OneAtATime(const OneAtATime&) = delete;
+    OneAtATime& operator=(const OneAtATime&) = delete;
+    ~OneAtATime() { taken_ = false; }
+
+  private:
+    std::atomic<bool>& taken_;
+};
+
 class StubContext final : public nvinfer1::IExecutionContext, Counted {
   public:
-    StubContext(const Network& network, nvinfer1::ILogger* logger, std::atomic<long>& contexts)
-        : network_(network), logger_(logger), contexts_(contexts) {
+    StubContext(const Network& network, nvinfer1::ILogger* logger, std::atomic<long>& contexts,
+                std::atomic<bool>& changing)
+        : network_(network), logger_(logger), contexts_(contexts), changing_(changing) {
         ++contexts_;
     }
-    ~StubContext() noexcept override { --contexts_; }
+    ~StubContext() noexcept override {
+        if (queued_ != 0) violated("a context was destroyed before its work was done");
+        const OneAtATime turn(changing_);
+        --contexts_;
+    }
 
     void setDeviceMemoryV2(void* memory, int64_t size) noexcept override {
         if (size < network_.activations || !is_in_block(memory, static_cast<std::size_t>(size), Place::kDevice)) {
@@ -545,7 +569,13 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
 
     bool enqueueV3(cudaStream_t stream) noexcept override {
         const Inside inside;
-        if (refused(logger_, "planted in enqueueV3")) return false;
+        if (refused(logger_, "planted in enqueueV3")) {
+            // A real one may have launched some of its kernels.
+            if (stream->capturing) return false;
+            ++queued_;
+            enqueue(stream, [this](CUstream_st&) { --queued_; });
+            return false;
+        }
         if (addresses_.size() != 1 + network_.outputs.size() || shape_.nbDims == 0 || activations_ == nullptr) {
             violated("enqueueV3 before every address, shape and memory was set");
             return false;
@@ -555,8 +585,12 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
             return network_.capturable;
         }
         settled_ = shape_;
-        enqueue(stream,
-                [this, shape = shape_, addresses = addresses_](CUstream_st& on) { work(on, shape, addresses); });
+        const int counted = stream->capturing ? 0 : 1;
+        queued_ += counted;
+        enqueue(stream, [this, counted, shape = shape_, addresses = addresses_](CUstream_st& on) {
+            queued_ -= counted;
+            work(on, shape, addresses);
+        });
         return true;
     }
 
@@ -584,6 +618,8 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
     const Network& network_;
     nvinfer1::ILogger* logger_;
     std::atomic<long>& contexts_;
+    std::atomic<bool>& changing_;
+    int queued_ = 0;
     Dims shape_{}, settled_{};
     std::map<std::string, float*> addresses_;
     void* activations_ = nullptr;
@@ -627,11 +663,9 @@ class StubEngine final : public nvinfer1::ICudaEngine, Counted {
         const Inside inside;
         const auto* config = static_cast<StubConfig*>(runtimeConfig);
         if (!config->eager || !config->user_managed) violated("a context was made with another configuration");
-        if (making_.exchange(true)) violated("two threads made contexts of one engine at once");
-        std::this_thread::sleep_for(std::chrono::microseconds(200));  // long enough to meet another
-        making_ = false;
-        return refused(logger_, "planted in createExecutionContext") ? nullptr
-                                                                     : new StubContext(network_, logger_, contexts_);
+        const OneAtATime turn(changing_);
+        if (refused(logger_, "planted in createExecutionContext", cudaErrorMemoryAllocation)) return nullptr;
+        return new StubContext(network_, logger_, contexts_, changing_);
     }
 
   private:
@@ -643,7 +677,7 @@ class StubEngine final : public nvinfer1::ICudaEngine, Counted {
     Network network_;
     nvinfer1::ILogger* logger_;
     std::atomic<long> contexts_{0};
-    std::atomic<bool> making_{false};
+    std::atomic<bool> changing_{false};
 };
 
 class StubRuntime final : public nvinfer1::IRuntime, Counted {

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import re
-import shutil
 
 import pytest
 
-from tests.engines.cpp.programs import CPP, STUB, WARNINGS, Network, run, write_engine
+from tests.engines.cpp.conftest import need
+from tests.engines.cpp.programs import ADDRESS, CPP, WARNINGS, Network, run, write_engine
 
-needs_cmake = pytest.mark.skipif(
-    not all(map(shutil.which, ("cmake", "g++", "make"))), reason="there is no cmake, make or g++ here"
-)
 CONSUMER = """\
 cmake_minimum_required(VERSION 3.18)
 project(server LANGUAGES CXX)
@@ -32,7 +28,7 @@ def cmake(*arguments: object, **environment: object):
     return run("cmake", *arguments, **environment)
 
 
-@needs_cmake
+@pytest.mark.usefixtures("needs_cmake")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -47,7 +43,7 @@ def test_without_an_sdk_nothing_is_built(tmp_path, arguments, said):
     assert done.stderr.count("CMake Error") == 1
 
 
-@needs_cmake
+@pytest.mark.usefixtures("needs_cmake")
 def test_an_sdk_without_its_library(tmp_path):
     """The headers of TensorRT for RTX want its own library, whatever other lies there."""
     for name in ("include", "lib"):
@@ -60,36 +56,18 @@ def test_an_sdk_without_its_library(tmp_path):
     assert "has no libtensorrt_rtx: give -DTENSORRT_LIBRARY" in " ".join(done.stderr.split())
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory) -> pathlib.Path:
-    """Where the library and its programs are installed, built over the stub."""
-    folder = tmp_path_factory.mktemp("cmake")
-    flags = "-O0 " + " ".join(WARNINGS)
-    settings = (f"-DREPVGG_ENGINE_STUB={STUB}", f"-DCMAKE_CXX_FLAGS={flags}")
-    for command in (
-        ("-S", CPP, "-B", folder / "build", *settings),
-        ("--build", folder / "build", "-j", "2"),
-        ("--install", folder / "build", "--prefix", folder / "prefix"),
-    ):
-        done = cmake(*command, TENSORRT_ROOT="")
-        assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
-    return folder / "prefix"
-
-
-@needs_cmake
 def test_what_is_installed(installed):
     found = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
     assert {"include/repvgg_engine.h", "lib/librepvgg_engine.a", "bin/repvgg_verify", "bin/repvgg_bench"} < found
     assert run(installed / "bin/repvgg_verify", "--help").returncode == 0
 
 
-@needs_cmake
 def test_a_server_as_the_readme_has_it(installed, tmp_path):
     example = readme_example()
     assert example.count("\n") <= 24
     (tmp_path / "CMakeLists.txt").write_text(CONSUMER)
     (tmp_path / "server.cpp").write_text(example)
-    flags = "-O0 -Wall -Wextra -Wpedantic -Werror"
+    flags = " ".join(("-O0 -Wall -Wextra -Wpedantic -Werror", *ADDRESS))
     prefix = f"-DCMAKE_PREFIX_PATH={installed}"
     done = cmake("-S", tmp_path, "-B", tmp_path / "build", prefix, f"-DCMAKE_CXX_FLAGS={flags}")
     assert (done.returncode, done.stderr) == (0, "")
@@ -97,19 +75,14 @@ def test_a_server_as_the_readme_has_it(installed, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     engine = write_engine(tmp_path, Network(batch=(1, 8, 8)))
     done = run(tmp_path / "build" / "server", engine)
-    assert (done.returncode, done.stdout, done.stderr) == (
-        0,
-        "0\n0\n0\n",
-        "",
-    )  # of black images the stub's scores are 0
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n0\n0\n", "")  # the stub's scores of zeros
     done = run(tmp_path / "build" / "server", tmp_path / "none.engine")
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr == f"error: {tmp_path / 'none.engine'}: no such engine; check the path\n"
 
 
+@pytest.mark.usefixtures("needs_gxx")
 def test_the_header_needs_no_sdk(tmp_path):
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++ here")
     source = tmp_path / "server.cpp"
     source.write_text(readme_example())
     done = run("g++", "-std=c++17", "-fsyntax-only", *WARNINGS, f"-I{CPP}", source)
@@ -117,10 +90,16 @@ def test_the_header_needs_no_sdk(tmp_path):
 
 
 @pytest.mark.skipif("TENSORRT_ROOT" not in os.environ, reason="TENSORRT_ROOT names no SDK to compile against")
-@needs_cmake
+@pytest.mark.usefixtures("needs_cmake")
 def test_against_the_sdk(tmp_path):
     done = cmake("-S", CPP, "-B", tmp_path, f"-DCMAKE_CXX_FLAGS={' '.join(WARNINGS)}")
     assert done.returncode == 0, done.stderr
     done = cmake("--build", tmp_path, "-j", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert run(tmp_path / "repvgg_verify", "--help").returncode == 0
+
+
+def test_without_a_compiler_the_tests_fail_and_say_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(pytest.fail.Exception, match=r"^g\+\+, cmake not found: apt-get install g\+\+ cmake make$"):
+        need("g++", "cmake")

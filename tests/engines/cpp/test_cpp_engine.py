@@ -92,6 +92,12 @@ def test_every_failing_allocation_is_an_error_or_changes_nothing_and_nothing_lea
     assert endured < 10
 
 
+@pytest.mark.parametrize(("batch", "batches", "graphs"), [((2, 3, 4), (1, 3, 4, 9), 3), ((1, 9, 20), range(1, 21), 16)])
+def test_once_each_batch_size_has_run_nothing_is_allocated(probe, tmp_path, batch, batches, graphs):
+    engine = write_engine(tmp_path, Network(batch=batch))
+    assert probe("steady", engine, *batches) == f"0 allocations, {graphs} graphs\n"
+
+
 @pytest.mark.parametrize("sdk", ["tensorrt_rtx", "tensorrt"])
 def test_two_threads_with_a_context_each(request, tmp_path, sdk):
     programs = request.getfixturevalue("programs" if sdk == "tensorrt_rtx" else "threaded")

@@ -177,6 +177,21 @@ def test_what_tensorrt_says_is_passed_on_without_its_warnings(load, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("call", "code", "said"),
+    [
+        (10, 6, "cudaMalloc failed: cudaErrorMemoryAllocation (out of memory); free memory on the GPU, or build"),
+        (11, 6, "createExecutionContext failed: planted in createExecutionContext; free memory on the GPU, or build"),
+        (13, 5, "cudaMallocHost failed: cudaErrorMemoryAllocation (out of memory); free memory on this machine, or"),
+    ],
+)
+def test_memory_that_does_not_suffice_has_codes_of_its_own(programs, tmp_path, call, code, said):
+    """Also what TensorRT ran out of, which says no more than that it failed."""
+    done = run(programs / "probe", "infer", write_engine(tmp_path), 3, STUB_FAIL_CALL=call)
+    assert done.stdout.startswith(f"{code} "), done.stdout
+    assert said in done.stdout
+
+
+@pytest.mark.parametrize(
     ("network", "changes", "said"),
     [
         (Network(lines=("fault half output",)), {}, "output is not a plain array of float32 on the GPU"),

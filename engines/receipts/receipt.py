@@ -6,7 +6,7 @@
     throughput  a benchmark's record with every latency, and what each kernel computes and moves, for the roofline
 
 A receipt of a failure is as good as any other: it is what one sends back. Where no GPU ran anything its first field
-says so. Directories, hosts, users and the environment are left out. ``engines.replay`` reads it.
+says so. Directories, hosts, users and the environment are left out. ``engines.receipts.replay`` reads it.
 """
 
 from __future__ import annotations
@@ -20,19 +20,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engines.anonymous import anonymous, without_directories
 from engines.errors import InputRejected, ReportedError, SdkMissing
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, INPUT, golden_from_file
 from engines.integrity import checked_engine
 from engines.judgement import gate_with_tolerance, judgement, telling_golden
 from engines.kind import ENGINE_SUFFIX
-from engines.layer_by_layer import layers_of_engine
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
-from engines.packing import packed_array
 from engines.parity import GATES
-from engines.receipt_figures import DIGEST, digest_of, figures_of_judgement, finite, ran_on_gpu, verdict_of
-from engines.receipt_machine import card_of, machine_of, versions_of
+from engines.receipts.anonymous import anonymous, without_directories
+from engines.receipts.figures import (
+    DIGEST,
+    FIGURES,
+    SCHEMA,
+    digest_of,
+    figures_of_judgement,
+    finite,
+    ran_on_gpu,
+    verdict_of,
+)
+from engines.receipts.layer_by_layer import layers_of_engine
+from engines.receipts.machine import card_of, machine_of, versions_of
+from engines.receipts.packing import packed_array
 from engines.report_file import REPORT_NAME, report_from_file
 from engines.runner import load
 from engines.sdk import gpu_compute_capability
@@ -41,10 +50,6 @@ from engines.version import VERSION
 
 if TYPE_CHECKING:
     from engines.bench import Options
-
-SCHEMA = 1
-FIGURES = ("passed", "detail", "relative_error", "sqnr_db", "cosine", "top1_agreement", "non_finite")
-"""Of an engine, by ``engines.receipt_figures``."""
 
 
 @dataclasses.dataclass(frozen=True)

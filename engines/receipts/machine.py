@@ -7,8 +7,8 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engines.anonymous import anonymous
-from engines.cards import CARDS
+from engines.receipts.anonymous import anonymous
+from engines.roofline.cards import CARDS
 
 GPU_PACKAGES = ("cuda-bindings", "nvidia-ml-py")
 CUDA_DRIVER = "cuda driver"

@@ -36,6 +36,7 @@ from engines.manifest import Manifest
 from engines.onnx_file import DTYPES, OnnxFile, onnx_file_from_path
 from engines.parity import Gate, compare
 from engines.protobuf import VARINT, prefix
+from engines.receipts.figures import Layer
 from engines.runner import load
 from engines.sdk import RTX_CARDS, Sdk, gpu_compute_capability
 from engines.sizes import Sizes
@@ -47,25 +48,6 @@ ENGINE_NAME = "layers.engine"
 
 _GRAPH, _GRAPH_OUTPUT = 7, 12
 _NAME, _TYPE, _TENSOR_TYPE, _ELEMENT_TYPE, _SHAPE, _DIM = 1, 2, 1, 1, 2, 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One layer's result: how far the engine's is from ONNX Runtime's, and whether that is within the gate.
-
-    ``relative_error`` and ``sqnr_db`` are those of ``engines.parity``; ``non_finite`` numbers are counted in both.
-    """
-
-    name: str
-    relative_error: float
-    sqnr_db: float
-    non_finite: int
-    passed: bool
-
-
-def first_departure(layers: Sequence[Layer]) -> Layer | None:
-    """The first layer beyond its gate; None where none is."""
-    return next((layer for layer in layers if not layer.passed), None)
 
 
 def layer_names(onnx: OnnxFile) -> tuple[str, ...]:

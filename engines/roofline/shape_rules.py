@@ -1,6 +1,6 @@
 """What an ONNX operation makes of its operands: dtype and extents, by ONNX's own rules, for exactly those in RULES.
 
-Operands that do not fit are a ``ValueError`` that says which; ``engines.tensor_types`` adds which node it is.
+Operands that do not fit are a ``ValueError`` that says which; ``engines.roofline.tensor_types`` adds which node it is.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _scaled(number: float | None, unit: int) -> float | None:
     return None if number is None else number * unit
 
 
-CARDS = cards_from_json(importlib.resources.files("engines").joinpath(FILE_NAME).read_bytes())
+CARDS = cards_from_json(importlib.resources.files("engines.roofline").joinpath(FILE_NAME).read_bytes())
 
 
 def card_from_key(key: str) -> Card:

@@ -16,18 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.bench.cautions import warnings_of_row
-from engines.bench.contenders import Parity
 from engines.bench.options import Setting
-from engines.bench.record import FileRow, Record, Row, unpacked
+from engines.bench.record import FileRow, Parity, Record, Row, unpacked
 from engines.bench.rounds import MOST_WINDOWS, WINDOWS, Measurement
 from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
 from engines.bench.statistics import Slices
 from engines.bench.workload import Workload
-from engines.cards import Card
-from engines.fused_kernels import Work
 from engines.json_value import Value
-from engines.receipt_file import ReceivedExport
+from engines.receipts.received import ReceivedExport
+from engines.roofline.cards import Card
+from engines.roofline.fused_kernels import Work
 from engines.timing import COMPUTE, D2H, H2D
 
 TOLD = (
@@ -176,7 +175,7 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
         batch=batch,
         way=facts["way"].text(),
         first_seconds=facts["first_seconds"].number(),
-        load=_workload(works, file),
+        workload=_workload(works, file),
         card=card,
         telemetry=None if telemetry.value is None else _telemetry(telemetry),
     )

@@ -1,6 +1,6 @@
 """The README's table of the GPUs that this was verified on, made from the receipts that owners of GPUs sent.
 
-    python -m engines.verified_on README.md        puts it between the two comments that mark its place
+    python -m engines.receipts.verified_on README.md        puts it between the two comments that mark its place
 
 A receipt makes a row if a GPU ran something, nothing failed, every figure follows from its raw data, and what it ran
 are engines of the network that is shipped as ``examples/fashion.pt``, by its SHA-256. A receipt in
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import pathlib
 import sys
+import urllib.parse
 from collections.abc import Iterable, Sequence
 
 from engines.errors import InputRejected, ReportedError, UsageError, VerificationFailed, first_line, listed
 from engines.files import sha256_of, write_whole
 from engines.json_value import Malformed
-from engines.receipt_file import ReceivedExport, ReceivedReceipt, receipt_from_file
-from engines.replay import checks_of_receipt
+from engines.markdown_text import Markup, table
+from engines.receipts.received import ReceivedExport, ReceivedReceipt, receipt_from_file
+from engines.receipts.replay import checks_of_receipt
 
 BEGIN, END = "<!-- verified-on -->", "<!-- /verified-on -->"
 RECEIPTS, SHIPPED = pathlib.Path("examples/receipts"), pathlib.Path("examples/fashion.pt")
@@ -40,8 +42,7 @@ def markdown_from_receipts(receipts: Iterable[pathlib.Path], shipped: str) -> st
     rows = [_row(path, sound_receipt(path, shipped), shipped) for path in receipts]
     if not rows:
         return NONE
-    lines = [HEADER, ["---"] * len(HEADER), *sorted(rows)]
-    return "".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |\n" for line in lines)
+    return table(HEADER, sorted(rows)) + "\n"
 
 
 def sound_receipt(path: pathlib.Path, shipped: str) -> ReceivedReceipt:
@@ -84,7 +85,7 @@ def _row(path: pathlib.Path, receipt: ReceivedReceipt, shipped: str) -> tuple[st
         ", ".join(sorted(sdks)),
         ", ".join(verified),
         "; ".join(line for export in receipt.exports for line in _fastest(export)),
-        f"[{receipt.date[:10]}]({RECEIPTS.as_posix()}/{path.name})",
+        Markup(f"[{receipt.date[:10]}]({RECEIPTS.as_posix()}/{urllib.parse.quote(path.name)})"),
     )
 
 
@@ -100,8 +101,8 @@ def _fastest(export: ReceivedExport) -> list[str]:
     ]
 
 
-def with_table(readme: str, table: str) -> str:
-    """The README's text with ``table`` in its place.
+def with_table(readme: str, shown: str) -> str:
+    """The README's text with the table ``shown`` in its place.
 
     Raises:
         UsageError: the comments that mark the place are not there, once each and in order.
@@ -110,7 +111,7 @@ def with_table(readme: str, table: str) -> str:
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
         raise UsageError(f"the place of the table is not marked; put {BEGIN} and {END} there, on lines of their own")
-    return f"{before}{BEGIN}\n{table}{END}{after}"
+    return f"{before}{BEGIN}\n{shown}{END}{after}"
 
 
 def readme_with_table(path: pathlib.Path) -> str:
@@ -120,8 +121,8 @@ def readme_with_table(path: pathlib.Path) -> str:
         ReportedError: see ``markdown_from_receipts`` and ``with_table``.
     """
     receipts = sorted((path.parent / RECEIPTS).glob("*.json"))
-    table = markdown_from_receipts(receipts, sha256_of(path.parent / SHIPPED))
-    return with_table(path.read_text(encoding="utf-8"), table)
+    shown = markdown_from_receipts(receipts, sha256_of(path.parent / SHIPPED))
+    return with_table(path.read_text(encoding="utf-8"), shown)
 
 
 def main(arguments: Sequence[str]) -> int:

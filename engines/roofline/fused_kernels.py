@@ -30,9 +30,9 @@ from collections.abc import Iterable
 
 from engines.errors import InputRejected
 from engines.onnx_file import Node, OnnxFile
-from engines.shape_rules import TensorType
+from engines.roofline.shape_rules import TensorType
+from engines.roofline.tensor_types import constants_of_graph, rejected, title_of, types_of_graph
 from engines.sizes import Size
-from engines.tensor_types import constants_of_graph, rejected, title_of, types_of_graph
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 VIEWS = ("Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")

@@ -23,8 +23,30 @@ from engines.judgement import Judgement, gate_with_tolerance, judgement
 from engines.outputs import layout_from_outputs
 from engines.parity import Comparison, Gate
 
+SCHEMA = 1
 DIGEST = "sha256"
+FIGURES = ("passed", "detail", "relative_error", "sqnr_db", "cosine", "top1_agreement", "non_finite")
+"""Of an engine, as ``figures_of_judgement`` makes them."""
 NO_GPU_RAN = "no GPU ran anything"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer's result: how far the engine's is from ONNX Runtime's, and whether that is within the gate.
+
+    ``relative_error`` and ``sqnr_db`` are those of ``engines.parity``; ``non_finite`` numbers are counted in both.
+    """
+
+    name: str
+    relative_error: float
+    sqnr_db: float
+    non_finite: int
+    passed: bool
+
+
+def first_departure(layers: Sequence[Layer]) -> Layer | None:
+    """The first layer beyond its gate; None where none is."""
+    return next((layer for layer in layers if not layer.passed), None)
 
 
 def golden_from_reference(images: Sequence[str], outputs: Mapping[str, NDArray[np.float64]]) -> Golden:

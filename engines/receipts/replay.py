@@ -3,7 +3,7 @@
     digest       the file is as it was written
     engines      figures and verdicts, from the answers, the golden reference and the gates
     layers       whether each passes, from its figures, whose own raw data are too large to be kept
-    throughput   rates, percentiles, intervals, speed-ups, the roofline      ``engines.replay_throughput``
+    throughput   rates, percentiles, intervals, speed-ups, the roofline      ``engines.receipts.replay_throughput``
     verdict      of the whole, and whether a GPU ran anything
     against      hashes and golden vectors are those of an export that is here
 
@@ -21,26 +21,27 @@ from typing import Any
 
 import numpy as np
 
-from engines.cards import PRECISIONS, Card, card_of_device
 from engines.errors import InputRejected, first_line
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden, golden_from_file
 from engines.judgement import LEAST_CONTRAST, gate_with_tolerance
 from engines.kind import ENGINE_SUFFIX
-from engines.layer_by_layer import Layer, first_departure
 from engines.manifest import sidecar_path
 from engines.parity import GATES
-from engines.receipt_figures import (
+from engines.receipts.figures import (
+    Layer,
     engine_figures,
     finite,
+    first_departure,
     golden_from_reference,
     layer_passes,
     ran_on_gpu,
     verdict_of,
 )
-from engines.receipt_file import ReceivedEngine, ReceivedExport, ReceivedFile, ReceivedReceipt
-from engines.receipt_machine import CARD_FIELDS
-from engines.replay_throughput import differences, record_problems
+from engines.receipts.machine import CARD_FIELDS
+from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedFile, ReceivedReceipt
+from engines.receipts.replay_throughput import differences, record_problems
+from engines.roofline.cards import PRECISIONS, Card, card_of_device
 from engines.verification import GOLDEN, INTEGRITY, LISTED
 
 BUILT_AGAIN = "built again since, from the listed graph: "

@@ -1,7 +1,7 @@
 """The roofline: how fast a graph could be at best on a card, by its arithmetic, its bytes and the card's peaks.
 
-A kernel (``engines.fused_kernels``) cannot end before its arithmetic is done at the card's peak for its precision, nor
-before its bytes have been moved at the peak of the memory; kernels run one after the other:
+A kernel (``fused_kernels``) cannot end before its arithmetic is done at the card's peak for its precision, nor before
+its bytes have been moved at the peak of the memory; kernels run one after the other:
 
     seconds of a batch  >=  sum over kernels of  max( batch * operations / peak,
                                                       (batch * (read + written) + weights) / bandwidth )
@@ -23,24 +23,13 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from engines.cards import Card
 from engines.errors import InputRejected
-from engines.fused_kernels import Work, works_from_onnx
 from engines.kind import ONNX, graph_of_engine, graphs_beside, kind_of_file
 from engines.manifest import manifest_from_file, sidecar_path
 from engines.onnx_file import onnx_file_from_path
+from engines.roofline.cards import Card
+from engines.roofline.fused_kernels import Work, works_from_onnx
 from engines.sizes import Size
-
-__all__ = [
-    "Bound",
-    "PeakUnknown",
-    "Work",
-    "bound_of",
-    "bytes_per_image",
-    "operations_per_image",
-    "works_from_onnx",
-    "works_of_file",
-]
 
 ARITHMETIC, MEMORY = "arithmetic", "memory"
 

@@ -1,6 +1,6 @@
 """What every tensor of an ONNX graph is, its dtype and its extents, found with numpy alone.
 
-An operation that ``engines.shape_rules`` does not have, or operands that do not fit, is an error that names the node:
+An operation that ``shape_rules`` does not have, or operands that do not fit, is an error that names the node:
 nothing is guessed, and nothing is taken for empty. A free batch is 1.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from engines.errors import InputRejected
 from engines.onnx_file import NUMPY_DTYPES, Node, OnnxFile
-from engines.shape_rules import LARGEST_EXTENT, RULES, Constants, Operation, TensorType
+from engines.roofline.shape_rules import LARGEST_EXTENT, RULES, Constants, Operation, TensorType
 from engines.sizes import Size, text_of_size
 
 OWN_DOMAINS = ("", "ai.onnx")

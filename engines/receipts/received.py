@@ -1,7 +1,7 @@
 """A receipt, read as strictly as it is written: every field is there, has its type, and nothing else is.
 
 Sizes are bounded before anything is unpacked. What only its author can know, such as a date, is taken as it stands;
-whether the figures follow from the raw data is what ``engines.replay`` asks.
+whether the figures follow from the raw data is what ``engines.receipts.replay`` asks.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import InputRejected, first_line
-from engines.fused_kernels import Work
 from engines.json_value import Malformed, Value, value_from_bytes
-from engines.layer_by_layer import Layer
-from engines.packing import unpacked_array
 from engines.parity import GATES
-from engines.receipt import FIGURES, SCHEMA
-from engines.receipt_figures import DIGEST, digest_of
+from engines.receipts.figures import DIGEST, FIGURES, SCHEMA, Layer, digest_of
+from engines.receipts.packing import unpacked_array
+from engines.roofline.fused_kernels import Work
 
 LARGEST_RECEIPT = 1 << 28
 LARGEST_COUNT = 1 << 62
