@@ -27,6 +27,7 @@ from engines.bench.record import FileRow, Parity, Record, Row
 from engines.bench.rounds import measured
 from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
+from engines.bench.text import printable
 from engines.bench.workload import Workload, workload_of
 from engines.errors import UsageError
 from engines.kind import ONNX
@@ -116,8 +117,13 @@ def names_of(paths: Sequence[pathlib.Path]) -> list[str]:
     twice = [path for index, path in enumerate(paths) if path in paths[:index]]
     if twice:
         raise UsageError(f"{twice[0]} is given twice")
-    tails = ([pathlib.Path(*path.parts[-length:]).as_posix() for path in paths] for length in itertools.count(1))
+    tails = ([_printable(path.parts[-length:]) for path in paths] for length in itertools.count(1))
     return next(names for names in tails if len(set(names)) == len(names))
+
+
+def _printable(parts: Sequence[str]) -> str:
+    """A path of these parts as one line; an escape for what cannot be seen, or for an escape's own mark."""
+    return printable(pathlib.Path(*parts).as_posix().replace("\\", "\\\\"))
 
 
 def batches_of(contenders: Sequence[Contender], options: Options) -> tuple[int, ...]:

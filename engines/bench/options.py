@@ -14,6 +14,7 @@ from engines.sizes import LARGEST_SIZE, Size, text_of_size
 DEFAULT_BATCHES = (1, 8, 32)
 DURATION, LARGEST_DURATION = 3.0, 3600.0
 LARGEST_THREADS = 1024
+MOST_DEVICES = 1024
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUDA_MODULE_LOADING")
 """Variables that change what is measured; those that are set are among the settings."""
 
@@ -55,6 +56,8 @@ def check_options(options: Options) -> None:
         raise UsageError(f"--threads {options.threads}: give a whole number from 1 to {LARGEST_THREADS}")
     if options.threads is not None and options.provider not in (None, "cpu"):
         raise UsageError(f"--threads is for ONNX Runtime on the CPU, and --provider is {options.provider}")
+    if not 0 <= options.device < MOST_DEVICES:
+        raise UsageError(f"device {options.device}: GPUs are counted from 0, and none has this number")
     if not 0 < options.duration <= LARGEST_DURATION:
         raise UsageError(f"--duration {options.duration:g}: give seconds, above 0 and up to {LARGEST_DURATION:g}")
     if options.size is not None and not all(1 <= extent <= LARGEST_SIZE for extent in options.size):

@@ -32,6 +32,8 @@ PERCENTILES = (50, 90, 95, 99)
 RESAMPLES, SEED = 1000, 0
 NORMAL = 1.959964
 """Standard deviations within which 95 % of a normal distribution lie."""
+MOST_ROUNDS = 4096
+"""That are drawn from; of more, neighbours are taken for one, which bounds the memory of the intervals."""
 GROUPS = 4096
 """Of latencies, for the intervals of percentiles."""
 AGREEMENT = 0.05
@@ -77,9 +79,15 @@ class Slices:
         first = max(0, len(self.counts) - rounds)
         return Slices(self.counts[first:], self.walls[first:], self.latencies[int(self.counts[:first].sum()) :])
 
+    def joined(self) -> Slices:
+        """The same in no more than MOST_ROUNDS rounds."""
+        starts = np.arange(0, len(self.counts), -(-len(self.counts) // MOST_ROUNDS))
+        return Slices(np.add.reduceat(self.counts, starts), np.add.reduceat(self.walls, starts), self.latencies)
+
 
 def queries_per_second(slices: Slices) -> Estimate:
     """The rate, with its interval."""
+    slices = slices.joined()
     drawn = _drawn(len(slices.counts))
     return _estimate(slices.queries / float(slices.walls.sum()), _rates(slices, drawn), len(slices.counts))
 
@@ -92,6 +100,7 @@ def speed_up(slices: Slices, against: Slices) -> Estimate:
     """
     if len(slices.counts) != len(against.counts):
         raise ValueError(f"{len(slices.counts)} rounds cannot be paired with {len(against.counts)}")
+    slices, against = slices.joined(), against.joined()
     drawn = _drawn(len(slices.counts))
     value = (slices.queries / slices.walls.sum()) / (against.queries / against.walls.sum())
     return _estimate(float(value), _rates(slices, drawn) / _rates(against, drawn), len(slices.counts))
@@ -102,6 +111,7 @@ def latency_percentiles(slices: Slices) -> dict[int, Estimate | None]:
 
     For the intervals latencies are counted in GROUPS groups of neighbours, each taken for its largest.
     """
+    slices = slices.joined()
     count, rounds = slices.queries, len(slices.counts)
     order = np.argsort(slices.latencies, kind="stable")
     latencies = slices.latencies[order]

@@ -107,3 +107,8 @@ def _plain(value: float, digits: int) -> str:
 def _estimate(estimate: Estimate, unit: str, digits: int) -> str:
     value, low, high = (f"{number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
     return f"{value}{unit} ({low} to {high})"
+
+
+def printable(text: str) -> str:
+    """One line, with an escape for every character that cannot be seen, or that a terminal would act on."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
+from engines.bench.text import printable
 from engines.errors import InputRejected, UsageError
 
 if TYPE_CHECKING:
@@ -53,4 +54,4 @@ def workload_of(path: pathlib.Path, size: Size | None) -> Workload:
     try:
         return Workload(works_of_file(path, size))
     except (InputRejected, UsageError) as error:
-        return Workload((), str(error).removeprefix(f"{path}: "))
+        return Workload((), printable(str(error).removeprefix(f"{path}: ")))  # names in a graph are of any characters

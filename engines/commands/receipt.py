@@ -7,7 +7,7 @@ import json
 import pathlib
 
 from engines.arguments import integers_from_text
-from engines.errors import UsageError, VerificationFailed
+from engines.errors import OutputFailed, UsageError, VerificationFailed
 
 NAME = "receipt"
 HELP = "check, run and measure exports on this machine's GPU, and write all of it into one file to send back"
@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.device < 0:
         raise UsageError(f"--device {arguments.device}: GPUs are counted from 0")
+    out: pathlib.Path = arguments.out
+    check_out(out)
     if len({folder.resolve() for folder in arguments.folders}) < len(arguments.folders):
         raise UsageError("a directory is given twice")
     given = {
@@ -57,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     request = Request(
         tuple(arguments.folders), options, arguments.allow_no_gpu, told=lambda line: print(line, flush=True)
     )
-    out: pathlib.Path = arguments.out
     receipt = receipt_from_folders(request)
     write_whole(out, (json.dumps(receipt, indent=1, allow_nan=False) + "\n").encode())
     print(receipt["verdict"])
@@ -65,3 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not receipt["passed"]:
         raise VerificationFailed(f"{receipt['verdict']}; {out} says what, send it all the same")
     return 0
+
+
+def check_out(out: pathlib.Path) -> None:
+    """Looks, before minutes are spent on measuring, whether ``out`` can become the receipt.
+
+    Raises:
+        OutputFailed: its directory is not there, or something else than a file stands in its place, as a device does.
+    """
+    if not out.parent.is_dir():
+        raise OutputFailed(f"{out}: cannot be written, {out.parent} is no directory; give --out in one that is there")
+    if out.exists() and not out.is_file():
+        raise OutputFailed(f"{out}: cannot be written, it is no plain file; give --out another name")

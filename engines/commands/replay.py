@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from engines.errors import InputRejected, VerificationFailed, first_line, listed
+
+if TYPE_CHECKING:
+    from engines.receipts.replay import Check
 
 NAME = "replay"
 HELP = "make every figure of a receipt again from its raw data, without a GPU"
@@ -41,17 +46,21 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputRejected(
             f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again"
         ) from error
-    if arguments.against is not None:
-        checks += checks_against(receipt, arguments.against)
-    for check in checks:
+    held = [] if arguments.against is None else list(checks_against(receipt, arguments.against))
+    for check in (*checks, *held):
         print(
             f"FAIL {check.place}: {'; '.join(check.problems)}"
             if check.problems
             else f"ok   {check.place}: {check.detail}"
         )
     print(f"note {HONESTY}")
-    problems = [f"{check.place}: {problem}" for check in checks for problem in check.problems]
-    if problems:
-        raise VerificationFailed(f"{path}: does not follow from its own raw data: {listed(problems, 3)}")
+    _fail_for(checks, f"{path}: does not follow from its own raw data")
+    _fail_for(held, f"{path}: is of something else than {arguments.against}")
     print(f"the receipt is consistent; it says: {receipt.verdict}")
     return 0
+
+
+def _fail_for(checks: Sequence[Check], said: str) -> None:
+    problems = [f"{check.place}: {problem}" for check in checks for problem in check.problems]
+    if problems:
+        raise VerificationFailed(f"{said}: {listed(problems, 3)}")

@@ -15,7 +15,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
@@ -1298,7 +1297,7 @@ struct Running {
     std::map<int, Recording> recordings;
     Status graph_refusal;
     Times times;
-    std::atomic<bool> busy{false};
+    std::mutex busy;  // held by the thread that is in infer
 
     void allocate(const ContextOptions& given);
     void infer(const float* images, const Output* wanted, std::size_t count, int batch);
@@ -1544,22 +1543,6 @@ Recording Running::recorded(int batch) const {
 
 namespace {
 
-// Lets one thread in.
-class Turn {
-  public:
-    explicit Turn(std::atomic<bool>& busy) : busy_(busy) {
-        if (busy_.exchange(true, std::memory_order_acquire)) {
-            refuse(Code::kUsage, "this context is at work in another thread; give each thread one of its own");
-        }
-    }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    ~Turn() { busy_.store(false, std::memory_order_release); }
-
-  private:
-    std::atomic<bool>& busy_;
-};
-
 void release(std::unique_ptr<internal::Running>& running) noexcept {
     if (running == nullptr) return;
     on_device(running->loaded->device, [&running] { running.reset(); });
@@ -1613,7 +1596,8 @@ Status Context::infer(const float* input, const Output* outputs, std::size_t cou
     return guarded([&] {
         if (running_ == nullptr) refuse(Code::kUsage, "the context is not created");
         Logger::forget();
-        const Turn turn(running_->busy);
+        const std::unique_lock<std::mutex> alone(running_->busy, std::try_to_lock);
+        if (!alone) refuse(Code::kUsage, "this context is at work in another thread; give each thread one of its own");
         running_->infer(input, outputs, count, batch);
     });
 }

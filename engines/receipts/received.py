@@ -23,6 +23,8 @@ from engines.receipts.packing import unpacked_array
 from engines.roofline.fused_kernels import Work
 
 LARGEST_RECEIPT = 1 << 28
+MOST_VALUES = 1 << 21
+"""With a comma behind each; arrays are one text, so that a receipt of hours has some hundred thousand."""
 LARGEST_COUNT = 1 << 62
 _DATE = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\dZ", re.ASCII)
 
@@ -101,7 +103,7 @@ def receipt_from_file(path: pathlib.Path) -> ReceivedReceipt:
             content = file.read(LARGEST_RECEIPT + 1)
     except OSError as error:
         raise InputRejected(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    if len(content) > LARGEST_RECEIPT:
+    if len(content) > LARGEST_RECEIPT or content.count(b",") > MOST_VALUES:
         raise InputRejected(f"{path}: larger than any receipt; give what python -m engines receipt wrote")
     try:
         return _receipt(value_from_bytes(content))

@@ -40,7 +40,7 @@ from engines.receipts.figures import (
 )
 from engines.receipts.machine import CARD_FIELDS
 from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedFile, ReceivedReceipt
-from engines.receipts.replay_throughput import differences, record_problems
+from engines.receipts.replay_throughput import check_amount, differences, record_problems
 from engines.roofline.cards import PRECISIONS, Card, card_of_device
 from engines.verification import GOLDEN, INTEGRITY, LISTED
 
@@ -64,6 +64,7 @@ def checks_of_receipt(receipt: ReceivedReceipt) -> Iterator[Check]:
     Raises:
         Malformed: raw data are damaged.
     """
+    check_amount(receipt.exports)
     again = receipt.digest_again
     problem = f"its SHA-256 is {again[:12]}..., and {receipt.digest[:12]}... is written"
     altered = () if again == receipt.digest else (problem,)

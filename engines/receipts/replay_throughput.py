@@ -23,7 +23,7 @@ from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
 from engines.bench.statistics import Slices
 from engines.bench.workload import Workload
-from engines.json_value import Value
+from engines.json_value import Malformed, Value
 from engines.receipts.received import ReceivedExport
 from engines.roofline.cards import Card
 from engines.roofline.fused_kernels import Work
@@ -42,7 +42,8 @@ TELEMETRY = (
 THROTTLED = "throttled"
 
 RELATIVE_TOLERANCE = 1e-9
-MOST_QUERIES, MOST_ROUNDS = 1 << 24, 1 << 20
+MOST_QUERIES, MOST_ROWS = 1 << 24, 512
+"""Of a whole receipt; a query of real data takes some 16 bytes of it."""
 LARGEST_NUMBER = 1 << 1000
 """Beyond it an integer of JSON is no float."""
 SHORTEST, LONGEST = 1e-9, 1e6
@@ -77,6 +78,21 @@ def _same(written: Any, again: Any) -> bool:
 def _shown(value: Any) -> str:
     text = str(value) if isinstance(value, int | float | str) else "null" if value is None else "something else"
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_amount(exports: Sequence[ReceivedExport]) -> None:
+    """Looks, before anything is unpacked, whether all rows together can be made again in bounded time and memory.
+
+    Raises:
+        Malformed: they are more, or have more queries, than a receipt that can be read has.
+    """
+    records = [export.throughput for export in exports if export.throughput is not None]
+    rows = [row for record in records for row in record.field("rows").entries()]
+    if len(rows) > MOST_ROWS:
+        raise Malformed(f"{len(rows)} rows, more than the {MOST_ROWS} that are made again")
+    queries = sum(sum(row.field("raw").field("rounds").whole_numbers(least=1)) for row in rows)
+    if queries > MOST_QUERIES:
+        raise Malformed(f"{queries} queries in rounds, more than the {MOST_QUERIES} that are made again")
 
 
 def record_problems(export: ReceivedExport, card: Card | None) -> Iterator[str]:
@@ -200,7 +216,7 @@ def _measurement(value: Value) -> Measurement:
     walls = np.array(fields["walls"].numbers(len(counts)), np.float64)
     per_window = fields["rounds_per_window"].whole_number(least=1)
     windows, rest = divmod(len(counts), per_window)
-    if rest or not WINDOWS <= windows <= MOST_WINDOWS or len(counts) > MOST_ROUNDS or counts.sum() > MOST_QUERIES:
+    if rest or not WINDOWS <= windows <= MOST_WINDOWS:
         raise fields["rounds"].wrong(f"queries of each round of {WINDOWS} to {MOST_WINDOWS} whole windows")
     if not ((walls >= SHORTEST) & (walls <= LONGEST)).all():
         raise fields["walls"].wrong(f"seconds from {SHORTEST:g} to {LONGEST:g}")

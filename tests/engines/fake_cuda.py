@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -60,7 +61,7 @@ class Block:
     kind: str
     device: int
 
-    @property
+    @functools.cached_property
     def address(self) -> int:
         return self.memory.ctypes.data
 
@@ -122,6 +123,9 @@ class EventState:
     recorded: tuple[int, Work] | None = None
 
 
+signature_of = functools.cache(inspect.signature)
+
+
 class FakeCuda:
     """Stands in for the module ``cuda.bindings.runtime``."""
 
@@ -144,7 +148,7 @@ class FakeCuda:
         if isinstance(original, type | int) or name in ("cudaGetErrorName", "cudaGetErrorString"):
             return original
         implementation = getattr(self, f"_{name}")
-        signature = inspect.signature(original)
+        signature = signature_of(original)
 
         def call(*arguments: Any) -> tuple[Any, ...]:
             signature.bind(*arguments)

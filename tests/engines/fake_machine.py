@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
 import pathlib
 import sys
+import tempfile
+from collections.abc import Callable
 
 import cuda.bindings
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.backends import tensorrt as backend_module
+from engines.errors import ReportedError
 from engines.manifest import Manifest, sidecar_path
 from tests.engines.fake_cuda import FakeCuda, Journal
 from tests.engines.fake_nvml import FakeNvml
@@ -163,3 +167,26 @@ def fake_machine(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, version:
     monkeypatch.setattr(cuda.bindings, "runtime", fake_cuda)
     monkeypatch.setattr(backend_module, "gpu_compute_capability", lambda: 86)
     return FakeMachine(sdk, version, journal, fake_cuda, trt, nvml, folder)
+
+
+Life = Callable[[FakeMachine, pathlib.Path], None]
+"""Everything that is done with an engine, from its opening to its end."""
+
+
+def calls_of(life: Life, version: str) -> list[str]:
+    """The names of the calls that ``life`` makes where none fails."""
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        machine = fake_machine(monkeypatch, folder, version)
+        life(machine, machine.engine())
+        machine.assert_nothing_left()
+        return machine.names
+
+
+def failure_of(life: Life, machine: FakeMachine, path: pathlib.Path) -> ReportedError | None:
+    """What a user is told, without the frames that keep objects of the SDK alive; anything else comes out of it."""
+    try:
+        life(machine, path)
+    except ReportedError as error:
+        return error.with_traceback(None)
+    return None

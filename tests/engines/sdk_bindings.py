@@ -91,6 +91,7 @@ def stub_libraries(major: str) -> pathlib.Path:
     return folder
 
 
+@functools.cache
 def argument_counts(docstring: str, name: str) -> list[range]:
     """Reads pybind11's signatures: ``f(self: A, b: int, c: str = 'x') -> bool``, one a line, numbered if overloaded."""
     counts = []

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tracemalloc
 import zlib
@@ -412,6 +413,17 @@ def test_a_report_is_written_into_a_directory_without_one(bench, a, b, folder):
     assert "2.00x" in text
     document = json.loads(found["bench.json"])
     assert all("raw" in row for row in document["rows"])
+
+
+def test_a_file_of_any_name_gets_its_report(bench, a, folder):
+    odd = a.with_name("x\n# \x1b[31m|<b>.onnx")
+    shutil.copy(a, odd)
+    outcome = bench(odd, "--batch", "1", "--report", folder)
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert "\x1b" not in outcome.stdout
+    (file,) = json.loads((folder / "bench.json").read_text())["files"]
+    assert file["file"] == r"x\n# \x1b[31m|<b>.onnx"
+    assert "\n# " not in (folder / "report.md").read_text()
 
 
 def test_a_report_that_is_there_keeps_all_else_that_it_says(bench, a, folder):

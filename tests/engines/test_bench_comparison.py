@@ -485,6 +485,18 @@ def test_files_of_one_name_are_told_by_their_directories(sessions, measure, a, t
     assert str(tmp_path.parent) not in record.to_json(raw=True)
 
 
+def test_a_name_is_one_line_whatever_is_in_it(measure, a, tmp_path):
+    odd = [tmp_path / "x\nPASS: \x1b[31m\udcff.onnx", tmp_path / "x\\nPASS: \\x1b[31m\\udcff.onnx"]
+    for path in odd:
+        shutil.copy(a, path)
+    record = measure(*odd)
+    assert [file.file for file in record.files] == [
+        r"x\nPASS: \x1b[31m\udcff.onnx",
+        r"x\\nPASS: \\x1b[31m\\udcff.onnx",
+    ]
+    assert all(text.isprintable() for text in (*record.warnings, *lines_from_record(record)))
+
+
 # --- failures on the way
 
 
@@ -560,6 +572,7 @@ def test_threads_and_provider_reach_the_session_and_are_told(sessions, measure, 
         ({"size": (0, 8)}, "--size 0x8: give N or HxW, from 1 to 4096"),
         ({"size": (8, 4097)}, "--size 8x4097: give N or HxW, from 1 to 4096"),
         ({"device": -1}, "device -1: GPUs are counted from 0"),
+        ({"device": 1 << 70}, f"device {1 << 70}: GPUs are counted from 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_anything_is_opened(sessions, measure, a, options, said):
@@ -602,11 +615,11 @@ def test_a_graph_whose_work_cannot_be_counted_is_measured_all_the_same(monkeypat
     import engines.roofline
 
     def refused(path, size):
-        raise InputRejected(f"{path}: has a Loop, whose work nobody knows")
+        raise InputRejected(f"{path}: has a Loop \x1b[2J, whose work nobody knows")
 
     monkeypatch.setattr(engines.roofline, "works_of_file", refused)
     record = measure(a)
-    assert record.warnings == ("a.onnx: no bound is known: has a Loop, whose work nobody knows",)
+    assert record.warnings == ("a.onnx: no bound is known: has a Loop \\x1b[2J, whose work nobody knows",)
     assert record.files[0].operations_per_image is None
     assert record.rows[0].bytes_per_image is None
     assert record.files[0].parity.passed is True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.bench import statistics
 from engines.bench.statistics import (
     AGREEMENT,
     FEWEST,
@@ -196,7 +199,25 @@ def test_queries_taken_for_independent_would_claim_far_too_much():
 
 
 def test_the_interval_of_a_median_holds_the_truth_as_often():
-    assert 0.90 <= coverage(lambda rounds: latency_percentiles(slices(rounds))[50], 0.010) <= 0.985
+    short = functools.partial(simulated, queries=4)
+    assert 0.90 <= coverage(lambda rounds: latency_percentiles(slices(rounds))[50], 0.010, simulation=short) <= 0.985
+
+
+@pytest.mark.parametrize(("rounds", "most", "together"), [(64, 16, 4), (65, 16, 5), (16, 16, 1), (5, 16, 1)])
+def test_of_more_rounds_than_are_drawn_from_neighbours_are_taken_for_one(monkeypatch, rounds, most, together):
+    """The memory that the intervals take is bounded by it, also for an hour, or for a receipt from anywhere."""
+    own, other = (simulated(np.random.default_rng(seed), rounds, queries=3) for seed in (1, 2))
+    by_hand = [
+        slices([np.concatenate(found[start : start + together]) for start in range(0, rounds, together)])
+        for found in (own, other)
+    ]
+    monkeypatch.setattr(statistics, "MOST_ROUNDS", most)
+    found = [slices(own), slices(other)]
+    assert len(found[0].joined().counts) == len(by_hand[0].counts) <= most
+    assert latency_percentiles(found[0]) == latency_percentiles(by_hand[0])
+    for one, same in [(queries_per_second(found[0]), queries_per_second(by_hand[0])),
+                      (speed_up(*found), speed_up(*by_hand))]:  # fmt: skip
+        assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(same), rel=1e-12)
 
 
 # --- speed-ups

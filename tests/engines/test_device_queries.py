@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import pathlib
-import tempfile
 import threading
 
 import numpy as np
@@ -20,9 +18,9 @@ import engines.runner
 from engines.backends import device_queries
 from engines.backends import tensorrt as backend_module
 from engines.backends.device_queries import DeviceQueries
-from engines.errors import DeviceFailed, ReportedError, UsageError
+from engines.errors import DeviceFailed, UsageError
 from tests.engines.fake_cuda import ERROR, Costs
-from tests.engines.fake_machine import CLASSES, SIZE, assert_answers, fake_machine, images
+from tests.engines.fake_machine import CLASSES, SIZE, assert_answers, calls_of, failure_of, fake_machine, images
 from tests.engines.fake_tensorrt import EngineState
 from tests.engines.sdk_bindings import FULL, RTX, VERSIONS
 
@@ -593,24 +591,6 @@ def life(machine, path):
         assert_answers(runner.run({"input": images(2)}), images(2))
 
 
-def calls_of_a_life(version):
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        machine = fake_machine(monkeypatch, folder, version)
-        life(machine, machine.engine())
-        machine.assert_nothing_left()
-        return machine.names
-
-
-def failure_of_a_life(machine, path):
-    """What a user is told, without the frames that keep objects of the SDK alive; anything else comes out of it."""
-    try:
-        life(machine, path)
-    except ReportedError as error:
-        return error.with_traceback(None)
-    return None
-
-
 MAY_FAIL_UNSEEN = {"cudaGraphDestroy", "create_runtime_cache", "deserialize", "set_runtime_cache", "serialize"}
 
 
@@ -627,7 +607,7 @@ def asks_for_the_callers_device(names, position):
 
 @pytest.mark.parametrize(("version", "raises"), [(RTX, False), (RTX, True), (FULL[1], False)])
 def test_every_call_may_fail_and_everything_is_freed(monkeypatch, tmp_path, version, raises):
-    names = calls_of_a_life(version)
+    names = calls_of(life, version)
     assert len(names) > 100
     runtime_too = version == RTX and not raises
     reported = []
@@ -641,7 +621,7 @@ def test_every_call_may_fail_and_everything_is_freed(monkeypatch, tmp_path, vers
         machine.trt._raises = raises
         machine.journal.fail_at = position
         where = f"call {position}, {name}"
-        error = failure_of_a_life(machine, path)
+        error = failure_of(life, machine, path)
         if error is None:
             unseen = name in MAY_FAIL_UNSEEN or during_recording(names, position)
             assert unseen or asks_for_the_callers_device(names, position), f"{where}: failed and nobody said so"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import getpass
 import json
+import os
 import pathlib
 import shutil
 import socket
+import stat
 
 import numpy as np
 import pytest
@@ -284,6 +286,22 @@ def test_what_cannot_be_is_one_line(export, machine, engines_command, tmp_path, 
     outcome = engines_command("receipt", *arguments, *(FAST if code == 5 else ()))
     assert (outcome.code, said in outcome.error) == (code, True), outcome.stderr
     assert not list(tmp_path.glob("*receipt.json*"))
+
+
+@pytest.mark.parametrize("out", ["no/such/receipt.json", "queue", "empty", "empty/x/../../.."])
+def test_a_place_that_takes_no_receipt_is_refused_before_anything_runs(
+    export, machine, engines_command, tmp_path, out, monkeypatch
+):
+    machine()
+    export()
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "queue")
+    monkeypatch.setattr(receipt, "receipt_from_folders", lambda _: pytest.fail("it ran"))
+    outcome = engines_command("receipt", "fashion", "--out", out)
+    assert (outcome.code, outcome.stdout) == (5, "")
+    assert f"{out}: cannot be written, " in outcome.error
+    assert stat.S_ISFIFO((tmp_path / "queue").stat().st_mode)
+    assert not list((tmp_path / "empty").iterdir())
 
 
 # --- what is not in it

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from engines.errors import InputRejected
 from engines.json_value import Malformed
+from engines.receipts import received, replay_throughput
 from engines.receipts.received import receipt_from_file
 from engines.receipts.replay import checks_of_receipt
 from engines.receipts.replay_throughput import TOLD, differences
@@ -313,7 +314,8 @@ def bomb(_):
         ((*ROW, "raw", "latencies"), 7, "latencies: expected"),
         ((*ROW, "raw", "parts"), {"other": "AAAA"}, "parts"),
         ((*ROW, "raw", "rounds"), [1], "walls: expected a list of 1"),
-        ((*ROW, "raw", "rounds", 0), 1 << 30, "rounds: expected queries of each round"),
+        ((*ROW, "raw", "rounds", 0), 1 << 24, "queries in rounds, more than the 16777216 that are made again"),
+        ((*ROW, "raw", "rounds", 0), 1 << 31, "rounds[0]: expected a whole number"),
         ((*ROW, "raw", "rounds_per_window"), 2, "rounds: expected queries of each round"),
         ((*ROW, "raw", "walls", 0), -1.0, "walls: expected seconds"),
         ((*ROW, "raw", "walls", 0), 1e300, "walls: expected seconds"),
@@ -414,6 +416,40 @@ def test_differences_are_named_by_their_place(written, again, said):
     assert all(one.startswith(beginning) for one, beginning in zip(found, said, strict=True))
 
 
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_no_more_rows_are_made_again_than_a_benchmark_has(sound, replayed, monkeypatch, surplus):
+    rows = sound["exports"][0]["throughput"]["rows"]
+    monkeypatch.setattr(replay_throughput, "MOST_ROWS", len(rows) - surplus)
+    outcome = replayed(sound)
+    assert outcome.code == (3 if surplus else 0)
+    assert (f"{len(rows)} rows, more than the {len(rows) - 1} that are made again" in outcome.stderr) is bool(surplus)
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_queries_are_counted_over_all_exports_before_any_is_unpacked(sound, replayed, monkeypatch, surplus):
+    rows = sound["exports"][0]["throughput"]["rows"]
+    queries = 2 * sum(sum(row["raw"]["rounds"]) for row in rows)
+    monkeypatch.setattr(replay_throughput, "MOST_QUERIES", queries - surplus)
+    twice = {**sound, "exports": sound["exports"] * 2}
+    damaged = changed(twice, "exports", 0, "throughput", "rows", 0, "raw", "latencies", to="damaged")
+    outcome = replayed(sealed(damaged))
+    assert outcome.code == 3
+    said = f"{queries} queries in rounds, more than" if surplus else "latencies: expected"
+    assert said in outcome.error
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_a_file_of_more_values_than_any_receipt_is_refused_before_they_are_objects(
+    sound, tmp_path, engines_command, monkeypatch, surplus
+):
+    text = json.dumps(sound)
+    (tmp_path / "receipt.json").write_text(text)
+    monkeypatch.setattr(received, "MOST_VALUES", text.count(",") - surplus)
+    outcome = engines_command("replay", "receipt.json")
+    assert outcome.code == (3 if surplus else 0)
+    assert ("larger than any receipt" in outcome.stderr) is bool(surplus)
+
+
 # --- against an export that is here
 
 
@@ -449,6 +485,16 @@ def golden_of(path, images=lambda array: array, outputs=lambda array: array):
     with np.load(path / "golden.npz") as archive:
         arrays = dict(archive)
     np.savez(path / "golden.npz", input=images(arrays["input"]), output=outputs(arrays["output"]))
+
+
+def test_another_export_is_not_said_to_be_a_contradiction_in_the_receipt(sound, folder, replayed, tmp_path):
+    here = shutil.copytree(folder / "fashion", tmp_path / "here")
+    (here / "fashion.onnx").write_bytes(b"another")
+    other = replayed(sound, "--against", here)
+    assert f"is of something else than {here}: against here, files: fashion.onnx: its SHA-256" in other.error
+    altered = replayed(changed(sound, "tool", to="0"), "--against", here)
+    assert "does not follow from its own raw data: digest:" in altered.error
+    assert "fashion.onnx" not in altered.error
 
 
 def test_a_directory_of_something_else_is_one_line(sound, replayed, tmp_path, fashion_export):

@@ -6,12 +6,9 @@ arithmetic, and whatever a GPU would punish (``tests.engines.fake_cuda``) is a f
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
-import pathlib
 import sys
-import tempfile
 import threading
 
 import cuda.bindings
@@ -22,11 +19,21 @@ import tensorrt_rtx as real
 import engines.runner
 from engines.backends import recordings
 from engines.backends import tensorrt as backend_module
-from engines.errors import DeviceFailed, InputRejected, ReportedError, SdkMissing, UsageError
+from engines.errors import DeviceFailed, InputRejected, SdkMissing, UsageError
 from engines.manifest import sidecar_path
 from engines.runtime_cache import RuntimeCacheFile
 from tests.engines.fake_cuda import CAPABILITIES, ERROR
-from tests.engines.fake_machine import BATCH, CLASSES, SIZE, answers, assert_answers, fake_machine, images
+from tests.engines.fake_machine import (
+    BATCH,
+    CLASSES,
+    SIZE,
+    answers,
+    assert_answers,
+    calls_of,
+    failure_of,
+    fake_machine,
+    images,
+)
 from tests.engines.fake_tensorrt import EngineState
 from tests.engines.sdk_bindings import FULL, RTX, VERSIONS
 
@@ -531,24 +538,6 @@ def life(machine, path):
         release(machine, places, stream)
 
 
-def calls_of_a_life(version):
-    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        machine = fake_machine(monkeypatch, folder, version)
-        life(machine, machine.engine())
-        machine.assert_nothing_left()
-        return machine.names
-
-
-def failure_of_a_life(machine, path):
-    """What a user is told, without the frames that keep objects of the SDK alive; anything else comes out of it."""
-    try:
-        life(machine, path)
-    except ReportedError as error:
-        return error.with_traceback(None)
-    return None
-
-
 MAY_FAIL_UNSEEN = {
     *RECORDING_FAILS, "cudaGraphDestroy", "cudaGetLastError", "create_runtime_cache", "deserialize",
     "set_runtime_cache", "serialize",
@@ -559,7 +548,7 @@ MAY_FAIL_UNSEEN = {
 @pytest.mark.parametrize("raises", [False, True], ids=["refuses", "raises"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_call_may_fail_and_everything_is_freed(monkeypatch, tmp_path, version, raises):
-    names = calls_of_a_life(version)
+    names = calls_of(life, version)
     assert len(names) > 100
     reported = []
     for position, name in enumerate(names):
@@ -572,7 +561,7 @@ def test_every_call_may_fail_and_everything_is_freed(monkeypatch, tmp_path, vers
         machine.trt._raises = raises
         machine.journal.fail_at = position
         where = f"call {position}, {name}"
-        error = failure_of_a_life(machine, path)
+        error = failure_of(life, machine, path)
         if error is None:
             # The last cudaGetDevice is that of close, which asks for the caller's device to put it back.
             last_device = len(names) - 1 - names[::-1].index("cudaGetDevice")
