@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Sequence
 
 from engines.bench.contenders import Contender
@@ -10,7 +11,9 @@ from engines.bench.record import Row
 from engines.bench.rounds import WINDOWS
 from engines.bench.statistics import AGREEMENT, LARGEST_VARIATION
 from engines.bench.workload import Workload
+from engines.errors import InputRejected
 from engines.kind import ONNX
+from engines.onnx_file import onnx_file_from_path
 from engines.timing import COMPUTE, D2H, H2D
 
 
@@ -22,9 +25,20 @@ def warnings_of_files(
     for contender, name, workload in zip(contenders, names, workloads, strict=True):
         if contender.kind == ONNX and contender.precision == "fp16" and options.provider in (None, "cpu"):
             found.append(f"{name}: ONNX Runtime computes float16 in float32 on a CPU; this is not its speed on a GPU")
+        if contender.kind == ONNX and has_weights_elsewhere(contender.path):
+            found.append(f"{name}: its weights stand in a file beside it, which is in neither its size nor its SHA-256")
         if workload.problem is not None:
             found.append(f"{name}: no bound is known: {workload.problem}")
     return found
+
+
+def has_weights_elsewhere(path: pathlib.Path) -> bool:
+    """Whether an ONNX file has more weights than it is large; False where that cannot be read."""
+    try:
+        weights = onnx_file_from_path(path).weights
+    except InputRejected:
+        return False
+    return sum(weight.nbytes for weight in weights.values()) > path.stat().st_size
 
 
 def warnings_of_left_out(contenders: Sequence[Contender], names: Sequence[str], rows: Sequence[Row]) -> list[str]:

@@ -214,7 +214,7 @@ def _file_row(contender: Contender, name: str, parity: Parity, workload: Workloa
     return FileRow(
         file=name,
         sha256=contender.sha256,
-        bytes=contender.path.stat().st_size,
+        bytes=contender.bytes,
         precision=contender.precision,
         kind=contender.kind,
         load_seconds=contender.load_seconds,

@@ -85,6 +85,7 @@ class Contender:
     """An open file; ``load_seconds`` is what opening took, ``golden`` the vectors beside it, or why there are none."""
 
     path: pathlib.Path
+    bytes: int
     sha256: str
     kind: str
     precision: str
@@ -215,6 +216,7 @@ def _opened(path: pathlib.Path, options: Options, clock: Clock, resources: conte
     precision = metadata.get("precision", "") if opened.manifest is None else opened.manifest.precision
     return Contender(
         path=path,
+        bytes=path.stat().st_size,
         sha256=sha256_of(path),
         kind=kind,
         precision=precision,

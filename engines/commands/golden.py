@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from engines.errors import InputRejected
+from engines.errors import InputRejected, OutputFailed
 
 NAME = "golden"
 HELP = "write golden.bin from an export's golden.npz, for repvgg_verify and other programs without numpy"
@@ -32,6 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputRejected(f"{target}: no such directory; give that of an export")
     golden = golden_file_from_vectors(target / GOLDEN_NAME)
     path, content = target / GOLDEN_FILE_NAME, golden.to_bytes()
-    write_whole(path, content)
+    try:
+        write_whole(path, content)
+    except OutputFailed as error:
+        raise OutputFailed(str(error).replace("give --out a", "DIR must be a")) from error
     print(f"{path}: {len(golden.images)} images, {', '.join(golden.outputs)}, {len(content)} bytes")
     return 0

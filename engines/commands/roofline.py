@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engines.arguments import LARGEST_BATCH, integers_from_text
 from engines.errors import UsageError
-from engines.sizes import check_sizes, size_from_text
+from engines.sizes import LARGEST_SIZE, size_from_text, text_of_size
 
 if TYPE_CHECKING:
     from engines.roofline.cards import Card
@@ -80,7 +80,8 @@ def _cards(text: str | None) -> tuple[Card, ...]:
 
 def _size(text: str) -> Size:
     size = size_from_text(text)
-    check_sizes((size, size, size))
+    if not all(1 <= extent <= LARGEST_SIZE for extent in size):
+        raise UsageError(f"--size {text_of_size(size)}: give N or HxW, from 1 to {LARGEST_SIZE}")
     return size
 
 

@@ -1,7 +1,7 @@
 // See repvgg_engine.h. In this file, each upon those before it:
 //
 //     status and text          Refused, which is what is thrown in here; guarded(), which makes a Status of it
-//     SHA-256, files           what is hashed is what was read, once
+//     SHA-256, UTF-8, files    what is hashed is what was read, once
 //     JSON, typed JSON         any file of JSON; a value with its place in it
 //     the sidecar              what <engine>.json says, as strictly as Python reads it
 //     the header               what the first bytes of the engine say
@@ -171,6 +171,27 @@ std::array<std::uint8_t, 32> sha256(const void* data, std::size_t size) noexcept
     return digest;
 }
 
+// Shortest forms alone, no surrogates, nothing past U+10FFFF.
+std::size_t utf8_length(const void* data, std::size_t size) noexcept {
+    constexpr std::array<std::uint32_t, 4> kLeast = {0, 0x80, 0x800, 0x10000};
+    const auto* bytes = static_cast<const unsigned char*>(data);
+    std::size_t position = 0;
+    while (position < size) {
+        const unsigned char lead = bytes[position];
+        const std::size_t more = lead < 0x80 ? 0 : lead >> 5 == 6 ? 1 : lead >> 4 == 14 ? 2 : lead >> 3 == 30 ? 3 : 9;
+        if (more == 9 || more > size - position - 1) return position;
+        std::uint32_t point = more == 0 ? lead : lead & (0x3fu >> more);
+        for (std::size_t i = 1; i <= more; ++i) {
+            const unsigned char next = bytes[position + i];
+            if (next >> 6 != 2) return position;
+            point = point << 6 | (next & 0x3fu);
+        }
+        if (point < kLeast[more] || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) return position;
+        position += more + 1;
+    }
+    return position;
+}
+
 namespace {
 
 // ------------------------------------------------------------------------------------------------------------- files
@@ -215,7 +236,9 @@ class JsonReader {
     explicit JsonReader(const std::vector<unsigned char>& content) : content_(content) {}
 
     Json whole() {
-        check_utf8();
+        position_ = utf8_length(content_.data(), content_.size());
+        if (position_ != content_.size()) wrong("not UTF-8");
+        position_ = 0;
         Json value = read(0);
         skip_blanks();
         if (position_ != content_.size()) wrong("something stands behind the end");
@@ -248,7 +271,6 @@ class JsonReader {
 
     bool at_digit() const { return peek() >= '0' && peek() <= '9'; }
 
-    void check_utf8();
     Json read(int depth);
     Json read_list(int depth);
     Json read_object(int depth);
@@ -273,25 +295,6 @@ void append_utf8(std::string& text, std::uint32_t point) {
         append(0xf0 | point >> 18), append(0x80 | (point >> 12 & 0x3f));
         append(0x80 | (point >> 6 & 0x3f)), append(0x80 | (point & 0x3f));
     }
-}
-
-// Shortest forms alone, no surrogates, nothing past U+10FFFF.
-void JsonReader::check_utf8() {
-    for (position_ = 0; position_ < content_.size();) {
-        const unsigned char lead = content_[position_];
-        const std::size_t more = lead < 0x80 ? 0 : lead >> 5 == 6 ? 1 : lead >> 4 == 14 ? 2 : lead >> 3 == 30 ? 3 : 9;
-        if (more == 9 || more > content_.size() - position_ - 1) wrong("not UTF-8");
-        std::uint32_t point = more == 0 ? lead : lead & (0x3fu >> more);
-        for (std::size_t i = 1; i <= more; ++i) {
-            const unsigned char next = content_[position_ + i];
-            if (next >> 6 != 2) wrong("not UTF-8");
-            point = point << 6 | (next & 0x3fu);
-        }
-        constexpr std::array<std::uint32_t, 4> kLeast = {0, 0x80, 0x800, 0x10000};
-        if (point < kLeast[more] || point > 0x10ffff || (point >= 0xd800 && point < 0xe000)) wrong("not UTF-8");
-        position_ += more + 1;
-    }
-    position_ = 0;
 }
 
 Json JsonReader::read(int depth) {

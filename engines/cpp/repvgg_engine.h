@@ -158,6 +158,9 @@ class Context {
 // SHA-256 as of FIPS 180-4.
 std::array<std::uint8_t, 32> sha256(const void* data, std::size_t size) noexcept;
 
+// How many bytes are UTF-8, before the first that is not.
+std::size_t utf8_length(const void* data, std::size_t size) noexcept;
+
 // Reads a whole file of at most `limit` bytes, once.
 Status read_file(const char* path, std::size_t limit, std::vector<unsigned char>& content) noexcept;
 

@@ -11,6 +11,7 @@
 // graphs that were recorded meanwhile.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -112,6 +113,7 @@ class GoldenReader {
         Golden golden;
         golden.count = static_cast<int>(count(1));
         for (std::uint32_t left = count(1); left > 0; --left) golden.gates.push_back(gate());
+        check_gates(golden.gates);
         std::vector<Array> arrays(count(2));
         for (Array& array : arrays) read_shape(array, golden.count);
         for (Array& array : arrays) read_values(array);
@@ -174,6 +176,7 @@ class GoldenReader {
     std::string text() {
         const std::size_t length = count(1);
         const unsigned char* letters = take(length);
+        if (repvgg::utf8_length(letters, length) != length) wrong("it holds a text that is not UTF-8");
         return std::string(letters, letters + length);
     }
 
@@ -188,6 +191,15 @@ class GoldenReader {
             wrong("its gate for " + gate.precision + " is none");
         }
         return gate;
+    }
+
+    void check_gates(const std::vector<Gate>& gates) const {
+        for (std::size_t i = 0; i < gates.size(); ++i) {
+            const auto is_same = [&](const Gate& gate) { return gate.precision == gates[i].precision; };
+            if (std::any_of(gates.begin(), gates.begin() + static_cast<std::ptrdiff_t>(i), is_same)) {
+                wrong("something is in it twice");
+            }
+        }
     }
 
     void read_shape(Array& array, int images) {
@@ -461,7 +473,9 @@ class Verification {
         const char* by_graph = "answers, by CUDA graph";
         check_answers(checks, "answers, by launches");
         if (context_.graphs() > 0) check_answers(checks, by_graph);  // of some batch sizes, if not of all
-        if (context_.graph_refusal()[0] != '\0') checks.leave_out(by_graph, context_.graph_refusal());
+        if (context_.graph_refusal()[0] == '\0') return;
+        checks.leave_out(context_.graphs() > 0 ? "a CUDA graph of every batch size" : by_graph,
+                         context_.graph_refusal());
     }
 
   private:

@@ -485,14 +485,22 @@ def test_files_of_one_name_are_told_by_their_directories(sessions, measure, a, t
     assert str(tmp_path.parent) not in record.to_json(raw=True)
 
 
+def test_a_file_that_is_gone_or_replaced_meanwhile_is_told_as_it_was_opened(sessions, measure, a):
+    size, digest = a.stat().st_size, sha256_of(a)
+    sessions.fails["a.onnx"] = lambda _: a.unlink(missing_ok=True)
+    (file,) = measure(a).files
+    assert not a.exists()
+    assert (file.bytes, file.sha256) == (size, digest)
+
+
 def test_a_name_is_one_line_whatever_is_in_it(measure, a, tmp_path):
-    odd = [tmp_path / "x\nPASS: \x1b[31m\udcff.onnx", tmp_path / "x\\nPASS: \\x1b[31m\\udcff.onnx"]
+    odd = [tmp_path / "x\nPASS: \x1b[31m.onnx", tmp_path / "x\\nPASS: \\x1b[31m.onnx"]
     for path in odd:
         shutil.copy(a, path)
     record = measure(*odd)
     assert [file.file for file in record.files] == [
-        r"x\nPASS: \x1b[31m\udcff.onnx",
-        r"x\\nPASS: \\x1b[31m\\udcff.onnx",
+        r"x\nPASS: \x1b[31m.onnx",
+        r"x\\nPASS: \\x1b[31m.onnx",
     ]
     assert all(text.isprintable() for text in (*record.warnings, *lines_from_record(record)))
 
@@ -609,6 +617,24 @@ def test_that_a_cpu_computes_float16_in_float32_is_said(measure, a, b):
     b.write_bytes(onnx_bytes(precision="fp16"))
     (warning,) = measure(a, b).warnings
     assert warning.startswith("b.onnx: ONNX Runtime computes float16 in float32 on a CPU")
+
+
+def test_that_weights_stand_in_another_file_is_said(measure, tmp_path):
+    whole, split = tmp_path / "whole.onnx", tmp_path / "split.onnx"
+    weight = helper.make_tensor("w", TensorProto.FLOAT, (8, 3, 9, 9), np.ones(1944, "<f4").tobytes(), raw=True)
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["input", "w"], ["output"])],
+        "g",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["N", 3, 9, 9])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["N", 8, 1, 1])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, whole)
+    onnx.save(model, split, save_as_external_data=True, location="split.bin", size_threshold=0)
+    assert measure(whole, split).warnings == (
+        "split.onnx: its weights stand in a file beside it, which is in neither its size nor its SHA-256",
+    )
 
 
 def test_a_graph_whose_work_cannot_be_counted_is_measured_all_the_same(monkeypatch, measure, a):

@@ -214,4 +214,6 @@ def test_the_command_writes_whole_or_nothing(capsys, tmp_path):
     code, printed = run_command(capsys, tmp_path)
     assert (code, printed.out) == (5, "")
     assert printed.err.startswith(f"error: {tmp_path / 'golden.bin'}: cannot be written")
+    assert "--out" not in printed.err
+    assert printed.err.endswith("; DIR must be a writable directory with space left\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["golden.bin", "golden.npz"]

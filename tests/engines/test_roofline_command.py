@@ -171,7 +171,8 @@ def test_names_that_a_terminal_would_act_on_are_spelled_out(engines_command, gra
     (["--batch", "65537"], 2, "give whole numbers from 1 to 65536"),
     (["--size", "x"], 2, "--size: 'x' is not"),
     (["--size", "32:64:96"], 2, "--size: '32:64:96' is not one size"),
-    (["--size", "5000"], 2, "--size: 5000x5000"),
+    (["--size", "5000"], 2, "--size 5000x5000: give N or HxW, from 1 to 4096"),
+    (["--size", "0"], 2, "--size 0x0: give N or HxW, from 1 to 4096"),
     (["--size", "64"], 3, "input takes images of 32x32, not 64x64; leave out --size"),
 ])  # fmt: skip
 def test_what_cannot_be_predicted_is_one_line_and_nothing_else(engines_command, graph, arguments, code, said):

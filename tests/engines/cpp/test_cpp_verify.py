@@ -196,6 +196,16 @@ def test_where_no_graph_can_be_recorded(verify):
     assert checks[GRAPH] == ("skip", "this engine's work cannot be recorded as a CUDA graph")
 
 
+@pytest.mark.parametrize("call", [34, 51])
+def test_where_one_of_two_graphs_cannot_be_recorded_the_other_is_still_judged(verify, call):
+    done = verify(environment={"STUB_FAIL_CALL": call})
+    checks, verdict = lines_of(done)
+    assert (done.returncode, verdict) == (0, "PASS: 4 of 4 checks hold")
+    assert checks[GRAPH][0] == "ok"
+    mark, detail = checks["a CUDA graph of every batch size"]
+    assert (mark, "enqueueV3 into a CUDA graph failed" in detail) == ("skip", True)
+
+
 def test_a_precision_without_a_gate(verify):
     done = verify(precision="fp8")
     assert (done.returncode, done.stdout) == (3, "")
@@ -214,7 +224,7 @@ def test_golden_vectors_that_are_damaged_and_hashed_again(programs, tmp_path):
     engine, path = write_engine(tmp_path), tmp_path / "golden.bin"
     content = golden_file().to_bytes()[:-32]
     generator = np.random.default_rng(4)
-    for place in [*range(8, 36, 2), *generator.integers(36, 280, 40)]:
+    for place in [*range(8, 36, 2), *generator.integers(36, 280, 20)]:
         changed = bytearray(content)
         changed[place] = generator.choice([0, 1, 2, 255, changed[place] ^ 4])
         damaged = bytes(changed) + hashlib.sha256(changed).digest()
@@ -227,6 +237,19 @@ def test_golden_vectors_that_are_damaged_and_hashed_again(programs, tmp_path):
         else:
             assert done.returncode in (0, 1, 3), done.stderr
             assert done.returncode != 3 or "has no gate" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [(b"fp16", "something is in it twice"), (b"\xff\xff16", "it holds a text that is not UTF-8")],
+)
+def test_a_gate_twice_and_a_text_that_is_none(verify, changed, said):
+    content = golden_file().to_bytes()[:-32].replace(b"fp32", changed, 1)
+    golden = content + hashlib.sha256(content).digest()
+    with pytest.raises(InputRejected):
+        golden_file_from_bytes(golden, "golden.bin")
+    done = verify(golden=golden)
+    assert (done.returncode, said in done.stderr) == (3, True), done.stderr
 
 
 def test_a_shape_whose_size_overflows(programs, tmp_path):
