@@ -88,6 +88,12 @@ def gate_with_tolerance(precision: str, tolerance: float) -> Gate:
     return dataclasses.replace(usual, max_relative_error=tolerance)
 
 
+def gate_of_engine(precision: str, tolerance: float) -> Gate:
+    """An engine's, whose sidecar says this ``tolerance``: it may narrow the gate of the precision, and not widen it."""
+    usual = GATES.get(precision)
+    return gate_with_tolerance(precision, tolerance if usual is None else min(tolerance, usual.max_relative_error))
+
+
 def _worst_of(golden: Golden, answers: NDArray[np.floating], rows: Sequence[int]) -> str:
     """Which of several outputs the relative error is that of; nothing where there is one."""
     count = len(golden.shapes)

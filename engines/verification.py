@@ -24,7 +24,7 @@ from engines.audit import audit_of_file, expected_from_onnx
 from engines.errors import InputRejected, ReportedError, SdkMissing, listed
 from engines.golden import GOLDEN_NAME, Golden
 from engines.integrity import cards_text, check_sdk_installed, checked_engine
-from engines.judgement import gate_with_tolerance, judgement, telling_golden
+from engines.judgement import gate_of_engine, gate_with_tolerance, judgement, telling_golden
 from engines.kind import ENGINE_SUFFIX, ONNX, graph_of_engine, graphs_beside, kind_of_file
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.onnx_file import onnx_file_from_path
@@ -128,7 +128,7 @@ class Verification:
         finding = functools.partial(Finding, path.name, RUN, engine=True)
         if self.static:
             return finding(passed=None, detail="left out by --static")
-        gate = gate_with_tolerance(manifest.precision, manifest.tolerance)
+        gate = gate_of_engine(manifest.precision, manifest.tolerance)
         try:
             check_sdk_installed(path, header, manifest)
             if gpu_compute_capability(self.device) is None:

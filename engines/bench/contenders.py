@@ -24,7 +24,7 @@ from engines.bench.record import Parity
 from engines.errors import InputRejected, UsageError
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden
-from engines.judgement import gate_with_tolerance, judgement, telling_golden
+from engines.judgement import gate_of_engine, judgement, telling_golden
 from engines.kind import ONNX, kind_of_file
 from engines.manifest import Manifest
 from engines.parity import Gate
@@ -229,7 +229,7 @@ def _opened(path: pathlib.Path, options: Options, clock: Clock, resources: conte
 
 def _gate(path: pathlib.Path, precision: str, manifest: Manifest | None) -> Gate | None:
     if manifest is not None:
-        return gate_with_tolerance(precision, manifest.tolerance)
+        return gate_of_engine(precision, manifest.tolerance)
     report = path.with_name(REPORT_NAME)
     try:
         return gate_of_precision(precision, report_from_file(report) if report.is_file() else None)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.golden import Golden
-from engines.judgement import Judgement, gate_with_tolerance, judgement
+from engines.judgement import Judgement, gate_of_engine, judgement
 from engines.outputs import layout_from_outputs
 from engines.parity import Comparison, Gate
 
@@ -75,7 +75,7 @@ def engine_figures(
     Raises:
         ValueError: the answers are not those of the golden vectors, by name or shape.
     """
-    return figures_of_judgement(judgement(golden, answers, gate_with_tolerance(precision, tolerance)))
+    return figures_of_judgement(judgement(golden, answers, gate_of_engine(precision, tolerance)))
 
 
 def figures_of_judgement(judged: Judgement) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from engines.errors import InputRejected, SdkMissing
 from engines.files import write_whole
 from engines.golden import golden_from_file
 from engines.integrity import checked_engine, sdk_of
-from engines.judgement import gate_with_tolerance
+from engines.judgement import gate_of_engine
 from engines.kind import graph_of_engine
 from engines.manifest import Manifest
 from engines.onnx_file import DTYPES, OnnxFile, onnx_file_from_path
@@ -98,7 +98,7 @@ def layers_of_engine(engine: pathlib.Path, *, device: int = 0) -> tuple[Layer, .
     if manifest is None or onnx is None:
         raise InputRejected(f"{engine}: the typed graph that it was made from is not beside it; copy it along")
     golden = golden_from_file(engine.parent / manifest.golden)
-    gate = gate_with_tolerance(manifest.precision, manifest.tolerance)
+    gate = gate_of_engine(manifest.precision, manifest.tolerance)
     with tempfile.TemporaryDirectory(prefix="layers-") as folder:
         copy, compiled = pathlib.Path(folder) / COPY_NAME, pathlib.Path(folder) / ENGINE_NAME
         names = write_copy(onnx, copy)

@@ -24,7 +24,7 @@ from engines.errors import InputRejected, ReportedError, SdkMissing
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, INPUT, golden_from_file
 from engines.integrity import checked_engine
-from engines.judgement import gate_with_tolerance, judgement, telling_golden
+from engines.judgement import gate_of_engine, judgement, telling_golden
 from engines.kind import ENGINE_SUFFIX
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.parity import GATES
@@ -201,7 +201,7 @@ def _answered(path: pathlib.Path, manifest: Manifest, device: int) -> dict[str, 
     golden = telling_golden(path.parent / manifest.golden)
     with load(path, device=device) as runner:
         answers = answers_to_golden(runner, golden)
-    judged = judgement(golden, answers, gate_with_tolerance(manifest.precision, manifest.tolerance))
+    judged = judgement(golden, answers, gate_of_engine(manifest.precision, manifest.tolerance))
     entry = {"answers": {name: packed_array(array) for name, array in answers.items()}, **figures_of_judgement(judged)}
     return entry if judged.failure is None else entry | _layers(path, device)
 

@@ -24,7 +24,7 @@ import numpy as np
 from engines.errors import InputRejected, first_line
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden, golden_from_file
-from engines.judgement import LEAST_CONTRAST, gate_with_tolerance
+from engines.judgement import LEAST_CONTRAST, gate_of_engine
 from engines.kind import ENGINE_SUFFIX
 from engines.manifest import sidecar_path
 from engines.parity import GATES
@@ -252,7 +252,7 @@ def _layer_problems(engine: ReceivedEngine) -> Iterator[str]:
     """Each passes or not by its figures."""
     if engine.precision is None or engine.tolerance is None:
         return
-    gate = gate_with_tolerance(engine.precision, engine.tolerance)
+    gate = gate_of_engine(engine.precision, engine.tolerance)
     for layer in engine.layers or ():
         passes = layer_passes(gate, finite(layer.relative_error), finite(layer.sqnr_db), layer.non_finite)
         if passes is not layer.passed:

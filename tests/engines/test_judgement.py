@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from engines.errors import InputRejected
 from engines.golden import Golden
-from engines.judgement import gate_with_tolerance, judgement, telling_golden
+from engines.judgement import gate_of_engine, gate_with_tolerance, judgement, telling_golden
 from engines.outputs import layout_from_outputs
 from engines.parity import GATES, Gate
 
@@ -196,3 +196,11 @@ def test_another_tolerance_changes_the_largest_error_alone(precision):
     assert gate.max_relative_error == 0.125
     expected = (True, None) if usual is None else (usual.top1, usual.min_sqnr_db)
     assert (gate.top1, gate.min_sqnr_db) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "kept"),
+    [("fp16", 1e-3, 1e-3), ("fp16", 0.5, 5e-3), ("int8", 9.0, 0.25), ("fp4", 0.5, 0.5)],
+)
+def test_a_sidecar_narrows_the_gate_of_its_precision_and_never_widens_it(precision, tolerance, kept):
+    assert gate_of_engine(precision, tolerance).max_relative_error == kept
