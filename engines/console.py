@@ -8,10 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from engines.errors import INTERRUPTED_EXIT_CODE, ReportedError, UsageError, first_line
 from engines.interrupts import Interrupts
+
+INTERRUPTED = ("interrupted; nothing was written", INTERRUPTED_EXIT_CODE)
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +40,8 @@ def exit_code_of(
         memory_hint: what to do where memory does not suffice.
     """
     interrupts = Interrupts()
+    sys.stdout = sys.stdout or _nowhere()  # closed by whoever started this
+    sys.stderr = sys.stderr or _nowhere()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that a terminal cannot show is no reason to fail
@@ -47,13 +51,15 @@ def exit_code_of(
         sys.stdout.flush()
         return code
     except ReportedError as error:
-        return _failed(str(error), error.exit_code, debug=debug)
+        # An import that is interrupted says that something is not installed.
+        failure = INTERRUPTED if interrupts.received else (str(error), error.exit_code)
+        return _failed(*failure, debug=debug)
     except KeyboardInterrupt:
-        return _failed("interrupted; nothing was written", INTERRUPTED_EXIT_CODE, debug=debug)
+        return _failed(*INTERRUPTED, debug=debug)
     except OSError as error:
         if error.filename is not None:  # a path that cannot even be looked at; writing to a stream names none
             return _failed(f"{error.filename}: {error.strerror}; check its permissions", 3, debug=debug)
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - what is left in its buffer has nowhere to go
+        sys.stdout = _nowhere()  # for what is left in its buffer
         return _failed(f"standard output: cannot be written ({first_line(error)})", 5, debug=debug)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "memory" not in str(error):
@@ -62,6 +68,10 @@ def exit_code_of(
     finally:
         if argv is not None:
             interrupts.give_back()
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _failed(message: str, code: int, *, debug: bool) -> int:

@@ -23,7 +23,7 @@ class ReportedError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__("".join(map(_printable, " ".join(message.split()))))
 
 
 class VerificationFailed(ReportedError):
@@ -66,6 +66,11 @@ class OutputFailed(ReportedError):
     """A file could not be written."""
 
     exit_code = 5
+
+
+def _printable(letter: str) -> str:
+    """A letter, or as an escape what a terminal would act on; names of files may hold any."""
+    return letter if letter.isprintable() else ascii(letter)[1:-1]
 
 
 def first_line(error: BaseException | str, limit: int = 240) -> str:

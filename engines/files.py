@@ -29,6 +29,8 @@ def write_whole(path: pathlib.Path, content: bytes) -> None:
         OutputFailed: the directory is missing, read-only or full; nothing is left behind.
     """
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a device or a pipe would be replaced by a file
+        raise OutputFailed(f"{path}: cannot be written (it is no plain file); give --out another name")
     with reported_write_errors(path):
         try:
             with open(partial, "wb") as file:

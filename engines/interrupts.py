@@ -31,7 +31,8 @@ class Interrupts(Uninterrupted):
     """Takes the two signals over, until ``give_back``."""
 
     def __init__(self) -> None:
-        self._received = False
+        self.received = False
+        """Whether a signal came."""
         self._held = False
         self._before = {number: signal.getsignal(number) for number in SIGNALS}
         if threading.current_thread() is threading.main_thread():
@@ -52,7 +53,7 @@ class Interrupts(Uninterrupted):
             yield
         finally:
             self._held = False
-        if self._received:
+        if self.received:
             raise KeyboardInterrupt
 
     def too_late(self) -> None:
@@ -63,6 +64,6 @@ class Interrupts(Uninterrupted):
 
     def _receive(self, _number: int, _frame: object) -> None:
         self.too_late()
-        self._received = True
+        self.received = True
         if not self._held:
             raise KeyboardInterrupt

@@ -50,8 +50,8 @@ class OnnxRuntime:
             provider: of PROVIDERS; None is the CPU.
             device: the GPU, for a provider that has any.
             threads: that compute an operation on the CPU; None is ONNX Runtime's own choice.
-            spinning: whether these threads wait for work busily, as is usual, and also for a while after a call. Of
-                several sessions in turn, the idle ones then take the processor from the one that works.
+            spinning: whether these threads go on waiting busily for a while after a call, as is usual. Of several
+                sessions in turn, the idle ones then take the processor from the one that works.
 
         Raises:
             UsageError: there is no provider of that name.
@@ -120,7 +120,7 @@ def _session(path: pathlib.Path, name: str, device: int, threads: int | None, *,
     if threads is not None:
         options.intra_op_num_threads = threads
     if not spinning:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     on_cpu = name == PROVIDERS["cpu"]
     if not on_cpu:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")

@@ -15,6 +15,7 @@ DEFAULT_BATCHES = (1, 8, 32)
 DURATION, LARGEST_DURATION = 3.0, 3600.0
 LARGEST_THREADS = 1024
 MOST_DEVICES = 1024
+NOT_SPINNING = "not between calls, so that files leave each other the processor"
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUDA_MODULE_LOADING")
 """Variables that change what is measured; those that are set are among the settings."""
 
@@ -97,7 +98,9 @@ def settings_of(
         elif provider == "cpu":
             found.append(Setting("threads", "its own choice", "ONNX Runtime"))
         if provider == "cpu":
-            found.append(Setting("spinning threads", "off, so that files leave each other the processor", "bench"))
+            found.append(
+                Setting("spinning threads", "not between calls, so that files leave each other the processor", "bench")
+            )
     found += [Setting(name, environment[name], "environment") for name in ENVIRONMENT if name in environment]
     return tuple(found)
 

@@ -105,7 +105,7 @@ class Record:
             return f"NOT CHECKED: none of {len(self.files)} files was held to golden vectors"
         left = f", {len(self.files) - len(judged)} not checked" if len(judged) < len(self.files) else ""
         word = "PASS" if held == len(judged) else "FAIL"
-        return f"{word}: {held} of {len(judged)} files computed their golden vectors while they were timed{left}"
+        return f"{word}: {held} of {len(judged)} files computed their golden vectors, also in the timed batches{left}"
 
     def to_json(self, *, raw: bool = False) -> str:
         """As text; with ``raw``, every latency is in it, so that all figures can be made again."""

@@ -186,7 +186,7 @@ def test_the_same_files_without_a_fault_pass(sessions, measure, a, b):
     record = measure(a, b, batches=(1, 8))
     assert [file.parity.passed for file in record.files] == [True, True]
     assert record.failures == []
-    assert record.verdict == "PASS: 2 of 2 files computed their golden vectors while they were timed"
+    assert record.verdict == "PASS: 2 of 2 files computed their golden vectors, also in the timed batches"
 
 
 def test_one_changed_weight_fails(measure, a, tmp_path):
@@ -303,7 +303,9 @@ def test_a_file_that_cannot_be_judged_is_measured_and_has_no_speed_up(sessions, 
     assert record.rows[1].no_speedup == f"{paths[place].name}: parity was not checked"
     assert record.rows[1].images_per_second.value == pytest.approx(100)
     assert record.failures == []
-    assert record.verdict.endswith("1 of 1 files computed their golden vectors while they were timed, 1 not checked")
+    assert record.verdict.endswith(
+        "1 of 1 files computed their golden vectors, also in the timed batches, 1 not checked"
+    )
 
 
 def test_where_nothing_was_checked_nothing_is_said_to_have_passed(measure, a):
@@ -555,7 +557,7 @@ def test_threads_and_provider_reach_the_session_and_are_told(sessions, measure, 
     told = {one.name: (one.value, one.source) for one in record.settings}
     assert told["threads"] == ("1", "--threads")
     assert told["provider"] == ("cpu", "--provider")
-    assert told["spinning threads"] == ("off, so that files leave each other the processor", "bench")
+    assert told["spinning threads"] == ("not between calls, so that files leave each other the processor", "bench")
     assert told["batch"] == ("1", "--batch")
     assert told["duration"] == ("0.05 s", "--duration")
     left_alone = {one.name: (one.value, one.source) for one in measure(a, duration=3.0).settings}

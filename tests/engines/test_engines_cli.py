@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
+import shlex
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
 from engines import errors
-from engines.cli import COMMANDS
+from engines.cli import COMMANDS, main
 from engines.commands import verify
 from engines.version import VERSION
 from exporter.version import VERSION as EXPORTER_VERSION
@@ -100,6 +105,31 @@ def test_every_reported_error_is_one_line_with_its_code(engines_command, monkeyp
     monkeypatch.setattr(verify, "run", raising(kind("what\nand where")))
     outcome = engines_command("verify", "x")
     assert (outcome.code, outcome.error) == (CODES[kind.__name__], "what and where")
+
+
+def test_a_name_cannot_act_on_the_terminal(engines_command, monkeypatch):
+    monkeypatch.setattr(verify, "run", raising(errors.InputRejected("a\x1b[2Jb: no such file; ü stays")))
+    assert engines_command("verify", "x").error == r"a\x1b[2Jb: no such file; ü stays"
+
+
+def test_a_standard_output_that_is_closed_is_no_defect(fashion_export):
+    command = f"{shlex.quote(sys.executable)} -m engines verify {shlex.quote(str(fashion_export))} --static >&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_signal_that_an_import_took_for_a_missing_package_is_an_interruption(monkeypatch):
+    def interrupted(_):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        raise errors.SdkMissing("ONNX Runtime is not installed here")
+
+    monkeypatch.setattr(verify, "run", interrupted)
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        assert main(["verify", "x"]) == 130
+    assert stderr.getvalue() == "error: interrupted; nothing was written\n"
 
 
 def test_running_out_of_memory_is_3_and_an_interrupt_130(engines_command, monkeypatch):

@@ -229,3 +229,12 @@ def test_a_file_descriptor_is_not_leaked_by_a_failed_sync(tmp_path, monkeypatch)
     monkeypatch.undo()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(opened[0])
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputFailed, match=r"pipe: cannot be written \(it is no plain file\); give --out another name"):
+        write_whole(pipe, b"content")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines import golden as golden_module
 from engines.errors import InputRejected
 from engines.golden import Golden, golden_from_file
 from engines.outputs import Layout, layout_from_outputs
@@ -239,3 +240,14 @@ def test_the_worst_output_is_the_one_farthest_off_in_its_own_scale(golden, name,
 def test_rows_mixed_up_in_every_output_are_seen(golden):
     order = [1, 0, 2, 3]
     assert golden.mixed_up(golden.joined({name: array[order] for name, array in MAPS.items()})) == [0, 1]
+
+
+def test_an_archive_that_takes_too_much_memory_is_refused_before_it_does(tmp_path, monkeypatch):
+    path = saved(tmp_path / "g.npz", input=IMAGES, output=OUTPUTS)
+    with zipfile.ZipFile(path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    monkeypatch.setattr(golden_module, "LARGEST_SIZE", size)
+    golden_from_file(path)
+    monkeypatch.setattr(golden_module, "LARGEST_SIZE", size - 1)
+    with pytest.raises(InputRejected, match="g.npz: not an .npz of input and outputs .it would take more than"):
+        golden_from_file(path)

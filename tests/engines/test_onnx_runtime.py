@@ -223,8 +223,8 @@ def test_a_provider_that_refuses_the_graph_is_missing(file, with_cuda):
         load(file, provider="cuda")
 
 
-@pytest.mark.parametrize(("given", "threads", "spinning"), [({}, 0, None), ({"threads": 2, "spinning": False}, 2, "0")])
-def test_threads_and_whether_they_spin_are_passed_on(file, monkeypatch, given, threads, spinning):
+@pytest.mark.parametrize(("given", "threads", "stopped"), [({}, 0, None), ({"threads": 2, "spinning": False}, 2, "1")])
+def test_threads_and_whether_they_spin_are_passed_on(file, monkeypatch, given, threads, stopped):
     made = []
     real = onnxruntime.InferenceSession
     monkeypatch.setattr(
@@ -236,7 +236,7 @@ def test_threads_and_whether_they_spin_are_passed_on(file, monkeypatch, given, t
     (options,) = made
     assert options.intra_op_num_threads == threads
     try:
-        found = options.get_session_config_entry("session.intra_op.allow_spinning")
+        found = options.get_session_config_entry("session.force_spinning_stop")
     except RuntimeError:  # it is not set
         found = None
-    assert found == spinning
+    assert found == stopped
