@@ -3,15 +3,22 @@ VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 BINDINGS := 10.16.1.11 11.4.0.106
+COMPILERS := g++ cmake
 
-.PHONY: demo test test-gpu receipt check setup table benchmark clean
+.PHONY: demo test compilers test-gpu receipt check setup table benchmark clean
 
 demo: $(READY)
 	$(BIN)/python -m exporter examples/fashion.pt --onnx --trt fp16 --size 28
 
 # Two processes; threads that spin while they wait would slow each other down.
-test: check
+test: check compilers
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The tests compile the loader in C++.
+compilers:
+	@for tool in $(COMPILERS); do \
+	  command -v $$tool >/dev/null || { apt-get update -q && apt-get install -q -y $(COMPILERS) || exit 1; break; }; \
+	done
 
 # For owners of a GPU; nothing here is part of make test.
 test-gpu: $(READY)
