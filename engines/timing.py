@@ -34,6 +34,14 @@ class Timing:
 class Queries(Protocol):
     """One way of computing one batch of one file, again and again."""
 
+    @property
+    def graphed(self) -> bool:
+        """Whether a CUDA graph is launched."""
+
+    @property
+    def first_seconds(self) -> float | None:
+        """What the very first inference took, where these queries made it themselves."""
+
     def run(self, count: int) -> Timing:
         """Computes the batch ``count`` times and times each."""
 

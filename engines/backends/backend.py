@@ -42,7 +42,8 @@ class Backend(Protocol):
 
     ``run`` is given contiguous arrays of the right names, dtypes and shapes, with a batch in that range, which the
     runner sees to. ``close`` frees everything and may be called twice. A backend may have ``profile``, the smallest and
-    the largest shape of each input by its name, where free extents have bounds.
+    the largest shape of each input by its name, where free extents have bounds; ``enqueue``, where it takes arrays on a
+    GPU; and ``queries``, where it can time the parts of a computation (``engines.timing.Queries``).
     """
 
     inputs: tuple[TensorDescription, ...]

@@ -198,10 +198,12 @@ def _lane(
     started = clock()
     queries = contender.queries(way, images, clock)
     resources.callback(queries.close)
-    if way.graph and not getattr(queries, "graphed", True):
+    if way.graph and not queries.graphed:
         return None
     queries.run(1)
-    return _Lane(contender, way, queries, golden_rows, getattr(queries, "first_seconds", clock() - started))
+    passed = clock() - started
+    first_seconds = passed if queries.first_seconds is None else queries.first_seconds
+    return _Lane(contender, way, queries, golden_rows, first_seconds)
 
 
 def _together(parities: Sequence[Parity]) -> Parity:

@@ -57,6 +57,9 @@ ON_DEVICE = tuple(
 class HostQueries:
     """A batch computed by a backend's ``run``; see ``engines.timing.Queries``."""
 
+    graphed = False
+    first_seconds = None
+
     def __init__(self, backend: Backend, feeds: Arrays, clock: Clock) -> None:
         self._backend, self._feeds, self._clock = backend, feeds, clock
         self._results: Arrays = {}

@@ -14,6 +14,7 @@ import sys
 import urllib.parse
 from collections.abc import Iterable, Sequence
 
+from engines.bench.contenders import ON_DEVICE
 from engines.errors import InputRejected, ReportedError, UsageError, VerificationFailed, first_line, listed
 from engines.files import sha256_of, write_whole
 from engines.json_value import Malformed
@@ -25,7 +26,7 @@ BEGIN, END = "<!-- verified-on -->", "<!-- /verified-on -->"
 RECEIPTS, SHIPPED = pathlib.Path("examples/receipts"), pathlib.Path("examples/fashion.pt")
 HEADER = ("GPU", "driver", "SDK", "verified, with the largest relative error", "images/s", "receipt")
 NONE = "No receipt has arrived yet: nothing here is verified on any GPU.\n"
-FASTEST_WAY = "CUDA graph, compute alone"
+FASTEST_WAY = ON_DEVICE[-1].title
 
 
 def markdown_from_receipts(receipts: Iterable[pathlib.Path], shipped: str) -> str:
