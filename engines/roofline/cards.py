@@ -1,8 +1,11 @@
-"""What GPUs can do at most, by their makers' documents: ``cards.json`` beside this module.
+"""What GPUs can do at most, by their makers' figures: ``cards.json`` beside this module.
 
 A peak is that of dense numbers, without sparsity: of the tensor cores for fp16 and int8, of the ordinary cores for fp32
 (TF32 is off), in additions and multiplications a second. fp16 is with sums in float32, which GeForce cards do at half
-the rate of sums in half. A number that no document gives is null there and None here; none is guessed.
+the rate of sums in half. A number that is not known is null there and None here; none is guessed.
+
+``sources`` names the documents that state the figures. They were taken from copies of those, not from the documents
+themselves; the tests hold each to the card's multiprocessors, their rate and its clock.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ class Card:
         operations_per_second: the peak by precision; None where it is not known.
         bytes_per_second: of its memory.
         l2_bytes: of its L2 cache; None where it is not known.
-        sources: the documents that say so.
+        sources: the documents that state it.
         notes: what must be known beside them; may be empty.
     """
 
