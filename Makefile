@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BINDINGS := 10.16.1.11 11.4.0.106
 COMPILERS := g++ cmake
 
-.PHONY: demo test compilers test-gpu receipt check setup table benchmark clean
+.PHONY: demo test search compilers test-gpu receipt check setup table benchmark clean
 
 demo: $(READY)
 	$(BIN)/python -m exporter examples/fashion.pt --onnx --trt fp16 --size 28
@@ -13,6 +13,10 @@ demo: $(READY)
 # Two processes; threads that spin while they wait would slow each other down.
 test: check compilers
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The property-based tests on other examples than make test, where they are the same each time; for those who look.
+search: $(READY)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile -m hypothesis --hypothesis-profile=search
 
 # The tests compile the loader in C++.
 compilers:

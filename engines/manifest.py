@@ -85,7 +85,7 @@ def manifest_from_json(content: bytes | str, where: str) -> Manifest:
         InputRejected: as ``manifest_from_file``.
     """
     try:
-        return _manifest(value_from_bytes(content))
+        return manifest_from_value(value_from_bytes(content))
     except Malformed as error:
         raise InputRejected(
             f"{where}: {first_line(error)}; this sidecar is damaged or was edited: put the one back that was written "
@@ -93,7 +93,12 @@ def manifest_from_json(content: bytes | str, where: str) -> Manifest:
         ) from error
 
 
-def _manifest(value: Value) -> Manifest:
+def manifest_from_value(value: Value) -> Manifest:
+    """Checks a sidecar that stands in another file.
+
+    Raises:
+        Malformed: a field is missing, wrong, unknown, or contradicts another.
+    """
     schema = value.field("schema")
     if not isinstance(schema.value, int) or schema.value is True or schema.value != SCHEMA:
         raise schema.wrong(f"{SCHEMA}, the only schema that this version reads")

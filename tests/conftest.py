@@ -12,9 +12,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import settings
 
 from exporter.cli import main
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
+
+settings.register_profile("steady", derandomize=True)
+settings.register_profile("search", print_blob=True)
+settings.load_profile("steady")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from engines.golden import Golden
 from engines.judgement import Judgement, gate_of_engine, judgement
+from engines.manifest import Manifest
 from engines.outputs import layout_from_outputs
 from engines.parity import Comparison, Gate
 
@@ -67,15 +68,13 @@ def golden_from_reference(images: Sequence[str], outputs: Mapping[str, NDArray[n
     return Golden(stand_ins, layout.joined(outputs), layout, shapes)
 
 
-def engine_figures(
-    golden: Golden, precision: str, tolerance: float, answers: Mapping[str, NDArray[Any]]
-) -> dict[str, Any]:
+def engine_figures(golden: Golden, manifest: Manifest, answers: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
     """What stands in a receipt beside an engine's answers.
 
     Raises:
         ValueError: the answers are not those of the golden vectors, by name or shape.
     """
-    return figures_of_judgement(judgement(golden, answers, gate_of_engine(precision, tolerance)))
+    return figures_of_judgement(judgement(golden, answers, gate_of_engine(manifest.precision, manifest.tolerance)))
 
 
 def figures_of_judgement(judged: Judgement) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
     files       size and SHA-256 of everything an export lists, and of every engine in its directory
     findings    what needs no GPU: listed, golden, integrity, audit, and the ONNX files on this machine's CPU
-    engines     their answers to the golden vectors, bit for bit, beside the reference; layer by layer where they fail
+    engines     their sidecars, whole, and their answers to the golden vectors, bit for bit, beside the reference;
+                layer by layer where they fail
     throughput  a benchmark's record with every latency, and what each kernel computes and moves, for the roofline
 
 A receipt of a failure is as good as any other: it is what one sends back. Where no GPU ran anything its first field
@@ -139,7 +140,7 @@ def _export(folder: pathlib.Path, request: Request, *, with_gpu: bool) -> dict[s
             for finding in found
         ],
         "golden": _golden(folder / GOLDEN_NAME),
-        "engines": anonymous(engines, [folder], kept=frozenset({"answers"})),
+        "engines": anonymous(engines, [folder], kept=frozenset({"answers", "sidecar"})),
         "throughput": throughput,
         "throughput_problem": None if problem is None else without_directories(problem, [folder]),
         "works": _works(ran),
@@ -179,16 +180,14 @@ def _golden(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _engine(path: pathlib.Path, device: int, *, with_gpu: bool) -> dict[str, Any]:
-    """An engine's answers and what they come to, or why there are none."""
-    entry: dict[str, Any] = dict.fromkeys(
-        ("precision", "tolerance", "sha256", "sdk", "answers", *FIGURES, "layers", "layers_problem")
-    )
-    entry = {"file": path.name, **entry}
+    """An engine's sidecar, its answers and what they come to, or why there are none."""
+    entry: dict[str, Any] = dict.fromkeys(("file", "sidecar", "answers", *FIGURES, "layers", "layers_problem"))
+    entry["file"] = path.name
     try:
         _, manifest = checked_engine(path)
         if manifest is None:
             raise InputRejected(f"{path}: has no sidecar")
-        entry |= {name: getattr(manifest, name) for name in ("precision", "tolerance", "sha256", "sdk")}
+        entry["sidecar"] = sidecar_path(path).read_bytes().decode()
         if not with_gpu:
             return entry | {"detail": "no GPU answers here"}
         return entry | _answered(path, manifest, device)

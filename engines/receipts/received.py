@@ -7,6 +7,7 @@ whether the figures follow from the raw data is what ``engines.receipts.replay``
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import pathlib
 import re
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from engines.errors import InputRejected, first_line
 from engines.json_value import Malformed, Value, value_from_bytes
+from engines.manifest import Manifest, manifest_from_value
 from engines.parity import GATES
 from engines.receipts.figures import DIGEST, FIGURES, SCHEMA, Layer, digest_of
 from engines.receipts.packing import unpacked_array
@@ -30,17 +32,22 @@ _DATE = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\dZ", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
+class ReceivedSidecar:
+    """What a sidecar says, and the SHA-256 of its text."""
+
+    manifest: Manifest
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
 class ReceivedEngine:
     """An engine's answers, by output, and the ``figures`` that are said to follow from them.
 
-    ``answers`` is None where it was not run, and what its sidecar says is None where that could not be read.
+    ``answers`` is None where it was not run, and ``sidecar`` where that could not be read.
     """
 
     file: str
-    precision: str | None
-    tolerance: float | None
-    sha256: Mapping[str, str] | None
-    sdk: Mapping[str, str] | None
+    sidecar: ReceivedSidecar | None
     answers: Mapping[str, NDArray[np.float32]] | None
     figures: Mapping[str, Any]
     layers: tuple[Layer, ...] | None
@@ -223,20 +230,13 @@ def _golden(value: Value) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64
 
 
 def _engine(value: Value) -> ReceivedEngine:
-    fields = value.fields(
-        "file", "precision", "tolerance", "sha256", "sdk", "answers", *FIGURES, "layers", "layers_problem"
-    )
-    from_sidecar = ("precision", "tolerance", "sha256", "sdk")
-    unknown = all(fields[name].value is None for name in from_sidecar)
+    fields = value.fields("file", "sidecar", "answers", *FIGURES, "layers", "layers_problem")
     answers = fields["answers"]
-    if unknown and answers.value is not None:
-        raise fields["precision"].wrong("what its sidecar says, since it was run")
+    if fields["sidecar"].value is None and answers.value is not None:
+        raise fields["sidecar"].wrong("its text, since the engine was run")
     return ReceivedEngine(
         file=fields["file"].file_name(),
-        precision=None if unknown else fields["precision"].one_of(tuple(GATES)),
-        tolerance=None if unknown else fields["tolerance"].number(above=0),
-        sha256=None if unknown else _texts(fields["sha256"], ("checkpoint", "onnx", "engine"), Value.sha256),
-        sdk=None if unknown else _texts(fields["sdk"], ("name", "version"), Value.text),
+        sidecar=None if fields["sidecar"].value is None else _sidecar(fields["sidecar"]),
         answers=None
         if answers.value is None
         else {name: unpacked_array(answer, "float32") for name, answer in answers.items().items()},
@@ -246,8 +246,18 @@ def _engine(value: Value) -> ReceivedEngine:
     )
 
 
-def _texts(value: Value, names: tuple[str, ...], read: Any) -> dict[str, str]:
-    return {name: read(text) for name, text in value.fields(*names).items()}
+def _sidecar(value: Value) -> ReceivedSidecar:
+    """A JSON text inside of the JSON, since its SHA-256 is that of its bytes."""
+    if not isinstance(value.value, str):
+        raise value.wrong("the text of a sidecar")
+    try:
+        content = value.value.encode()
+        inner = dataclasses.replace(value_from_bytes(content), place=value.place)
+    except ValueError as error:
+        raise Malformed(f"{value.place}: {first_line(error)}") from error
+    manifest = manifest_from_value(inner)
+    inner.field("precision").one_of(tuple(GATES))
+    return ReceivedSidecar(manifest, hashlib.sha256(content).hexdigest())
 
 
 def _figure(name: str, value: Value) -> Any:

@@ -188,15 +188,22 @@ def _file_problems(export: ReceivedExport) -> Iterator[str]:
     unknown = [name for name in found if name.endswith(ENGINE_SUFFIX) and name not in engines]
     yield from (f"{name}: an engine of which nothing else is said" for name in unknown)
     for engine in export.engines:
-        yield from _engine_file_problems(engine, found.get(engine.file), export)
+        sidecar = found.get(sidecar_path(pathlib.Path(engine.file)).name)
+        yield from _engine_file_problems(engine, found.get(engine.file), sidecar, export)
 
 
-def _engine_file_problems(engine: ReceivedEngine, file: ReceivedFile | None, export: ReceivedExport) -> Iterator[str]:
-    """An engine that answered is the file that was hashed, and was found sound."""
+def _engine_file_problems(
+    engine: ReceivedEngine, file: ReceivedFile | None, sidecar: ReceivedFile | None, export: ReceivedExport
+) -> Iterator[str]:
+    """An engine that answered is the file that was hashed, as its sidecar is, and was found sound."""
     if file is None or file.found is None:
         yield f"{engine.file}: is not among the files"
-    elif engine.sha256 is not None and engine.sha256["engine"] != file.found[1]:
+    elif engine.sidecar is not None and engine.sidecar.manifest.sha256["engine"] != file.found[1]:
         yield f"{engine.file}: its sidecar's SHA-256 is not the file's"
+    if engine.sidecar is not None and (
+        sidecar is None or sidecar.found is None or sidecar.found[1] != engine.sidecar.sha256
+    ):
+        yield f"{engine.file}: its sidecar's text is not that of the file that was hashed"
     named = [finding for finding in export.findings if finding["file"] == engine.file]
     sound = [finding["passed"] for finding in named if finding["check"] == INTEGRITY]
     if not sound or (engine.answers is not None and sound != [True]):
@@ -219,7 +226,7 @@ def _golden_problems(export: ReceivedExport, golden: Golden | None) -> Iterator[
 
 
 def _engine_problems(engine: ReceivedEngine, golden: Golden | None) -> Iterator[str]:
-    if engine.answers is None or engine.precision is None or engine.tolerance is None:
+    if engine.answers is None or engine.sidecar is None:
         if engine.figures["passed"] or any(
             engine.figures[name] is not None for name in engine.figures if name not in ("passed", "detail")
         ):
@@ -230,10 +237,11 @@ def _engine_problems(engine: ReceivedEngine, golden: Golden | None) -> Iterator[
     if golden is None:
         yield "there are answers, and no golden vectors to judge them by"
         return
-    if engine.tolerance > GATES[engine.precision].max_relative_error:
-        yield f"its tolerance of {engine.tolerance:g} is wider than that of {engine.precision}"
+    manifest = engine.sidecar.manifest
+    if manifest.tolerance > GATES[manifest.precision].max_relative_error:
+        yield f"its tolerance of {manifest.tolerance:g} is wider than that of {manifest.precision}"
     try:
-        again = engine_figures(golden, engine.precision, engine.tolerance, engine.answers)
+        again = engine_figures(golden, manifest, engine.answers)
     except ValueError as error:
         yield first_line(error)
         return
@@ -250,9 +258,9 @@ def _layers_said(layers: Sequence[Layer]) -> str:
 
 def _layer_problems(engine: ReceivedEngine) -> Iterator[str]:
     """Each passes or not by its figures."""
-    if engine.precision is None or engine.tolerance is None:
+    if engine.sidecar is None:
         return
-    gate = gate_of_engine(engine.precision, engine.tolerance)
+    gate = gate_of_engine(engine.sidecar.manifest.precision, engine.sidecar.manifest.tolerance)
     for layer in engine.layers or ():
         passes = layer_passes(gate, finite(layer.relative_error), finite(layer.sqnr_db), layer.non_finite)
         if passes is not layer.passed:

@@ -144,9 +144,9 @@ def _file_problems(files: Sequence[FileRow], export: ReceivedExport) -> Iterator
     found = {file.name: file.found for file in export.files}
     for file in files:
         engine = engines.get(file.file)
-        if engine is None or engine.answers is None or engine.sdk is None:
+        if engine is None or engine.answers is None or engine.sidecar is None:
             yield f"{file.file}: was measured, and is no engine that answered"
-        elif (file.precision, file.kind) != (engine.precision, engine.sdk["name"]):
+        elif (file.precision, file.kind) != (engine.sidecar.manifest.precision, engine.sidecar.manifest.sdk["name"]):
             yield f"{file.file}: measured as {file.precision} of {file.kind}, which its sidecar does not say"
         elif found.get(file.file) != (file.bytes, file.sha256):
             yield f"{file.file}: the file that was measured is not the one that was hashed"

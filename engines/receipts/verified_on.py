@@ -71,15 +71,23 @@ def sound_receipt(path: pathlib.Path, shipped: str) -> ReceivedReceipt:
 def _is_of(export: ReceivedExport, shipped: str) -> bool:
     """Whether every engine is of the shipped network, and answered."""
     return all(
-        engine.answers is not None and engine.sha256 is not None and engine.sha256["checkpoint"] == shipped
+        engine.answers is not None
+        and engine.sidecar is not None
+        and engine.sidecar.manifest.sha256["checkpoint"] == shipped
         for engine in export.engines
     )
 
 
 def _row(path: pathlib.Path, receipt: ReceivedReceipt, shipped: str) -> tuple[str, ...]:
-    engines = [engine for export in receipt.exports if _is_of(export, shipped) for engine in export.engines]
-    sdks = {f"{engine.sdk['name']} {engine.sdk['version']}" for engine in engines if engine.sdk is not None}
-    verified = [f"{engine.precision} {engine.figures['relative_error']:.1e}" for engine in engines]
+    engines = [
+        (engine.sidecar.manifest, engine.figures)
+        for export in receipt.exports
+        if _is_of(export, shipped)
+        for engine in export.engines
+        if engine.sidecar is not None
+    ]
+    sdks = {f"{manifest.sdk['name']} {manifest.sdk['version']}" for manifest, _ in engines}
+    verified = [f"{manifest.precision} {figures['relative_error']:.1e}" for manifest, figures in engines]
     return (
         f"{receipt.machine.get('gpu') or 'unnamed'} (sm{receipt.compute_capability})",
         str(receipt.machine.get("driver") or "unknown"),

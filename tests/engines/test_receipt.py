@@ -136,7 +136,14 @@ def test_the_machine_and_its_software_are_named(sound):
     assert value["machine"]["driver"] == "580.65.06"
     assert {"python", "numpy", "onnxruntime", "cuda-bindings", "nvidia-ml-py"} <= value["versions"].keys()
     assert value["card"]["title"] == GPU
-    assert value["exports"][0]["engines"][0]["sdk"]["name"] == "tensorrt"
+
+
+def test_sidecars_are_there_to_the_byte(sound):
+    """So that their SHA-256 is among those of the files; nothing in them says where they were."""
+    value, folder = sound
+    for engine in value["exports"][0]["engines"]:
+        assert engine["sidecar"].encode() == (folder / f"{engine['file']}.json").read_bytes()
+        assert without_directories(engine["sidecar"], [folder]) == engine["sidecar"]
 
 
 @pytest.mark.parametrize(("status", "expected"), [(0, "12.8"), (35, None)])

@@ -22,6 +22,7 @@ from engines.receipts.replay_throughput import TOLD, differences
 from tests.engines.pretended_receipts import scaled, sealed, written_receipt
 
 UNSAID = ("cores", "load", "l2_bytes")
+HASHED = ("checkpoint", "onnx", "engine")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,11 @@ def other_numbers(dtype, factor):
     return change
 
 
+def said_to_be(name, to):
+    """The sidecar's text with something else said."""
+    return lambda text: json.dumps({**json.loads(text), name: to}, indent=2) + "\n"
+
+
 def other_times(text):
     times = np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u8") + np.uint64(10**6)
     return base64.b64encode(zlib.compress(times.tobytes())).decode()
@@ -199,15 +205,16 @@ def other_times(text):
         ((*FP32, "relative_error"), 1e-9, "relative_error: 1e-09 is written"),
         ((*FP32, "detail"), "relative error 1.0e-09 (gate 5.0e-06)", "detail: relative error 1.0e-09"),
         ((*FP32, "passed"), False, "passed: False is written, and True follows"),
-        ((*FP32, "tolerance"), 1e-3, "wider than that of fp32"),
-        (
-            (*FP32, "precision"),
-            "fp16",
-            "measured as fp32 of tensorrt, which its sidecar does not say",
-        ),
+        ((*FP32, "sidecar"), said_to_be("tolerance", 1e-3), "wider than that of fp32"),
+        ((*FP32, "sidecar"), said_to_be("tolerance", 4.99e-6), "text is not that of the file that was hashed"),
+        ((*FP32, "sidecar"), said_to_be("precision", "fp16"), "fp32 of tensorrt, which its sidecar does not say"),
+        ((*FP32, "sidecar"), said_to_be("golden", "golden2.npz"), "text is not that of the file that was hashed"),
+        ((*EXPORT, "files", 4, "sha256"), "0" * 64, "text is not that of the file that was hashed"),
+        ((*EXPORT, "files", 4, "name"), "other.json", "text is not that of the file that was hashed"),
+        ((*FP32, "sidecar"), lambda text: text + " ", "text is not that of the file that was hashed"),
         ((*FP32, "answers"), None, "there are no answers that they follow from"),
         ((*FP32, "layers"), [], "layers are told of an engine that fails, and of no other"),
-        ((*FP32, "sha256", "engine"), "0" * 64, "its sidecar's SHA-256 is not the file's"),
+        ((*FP32, "sidecar"), said_to_be("sha256", dict.fromkeys(HASHED, "0" * 64)), "its sidecar's SHA-256 is not"),
         ((*EXPORT, "throughput"), None, "there is a benchmark, or why there is none"),
         ((*EXPORT, "throughput_problem"), "none", "there is a benchmark, or why there is none"),
         ((*EXPORT, "works", "fashion.fp32.engine", 0, "operations"), 1, "operations_per_image"),
@@ -301,8 +308,13 @@ def bomb(_):
         ((*FP32, "answers", "output", "base64"), "*" * 216, "answers.output.base64: expected base64"),
         ((*FP32, "answers", "output", "shape"), [5, 10], "answers.output.base64: expected base64 of 200 bytes"),
         ((*FP32, "answers", "output", "shape"), [1 << 30, 10], "shape: expected a shape of at most"),
-        ((*FP32, "precision"), "fp8", "precision: expected one of fp32, fp16, int8"),
-        ((*FP32, "sha256"), None, "sha256: expected an object"),
+        ((*FP32, "sidecar"), said_to_be("precision", "fp8"), "sidecar.precision: expected one of fp32, fp16, int8"),
+        ((*FP32, "sidecar"), said_to_be("tolerance", 0), "sidecar.tolerance: expected"),
+        ((*FP32, "sidecar"), None, "sidecar: expected its text, since the engine was run"),
+        ((*FP32, "sidecar"), {}, "sidecar: expected the text of a sidecar"),
+        ((*FP32, "sidecar"), "[" * 100_000, "sidecar: not JSON"),
+        ((*FP32, "sidecar"), "\ud800", "sidecar: 'utf-8' codec can't encode"),
+        ((*FP32, "sidecar"), "{}", "sidecar.schema: missing"),
         ((*FP32, "non_finite"), -1, "non_finite: expected a whole number"),
         ((*EXPORT, "engines"), [], "engines: expected one or more engines"),
         ((*EXPORT, "files", 0, "name"), "../x", "name: expected a plain file name"),

@@ -82,7 +82,10 @@ def test_a_sound_receipt_makes_a_row(sound, project):
     table = readme.read_text().partition(f"{BEGIN}\n")[2].partition(END)[0]
     header, _, row = cells(table)
     assert tuple(header) == HEADER
-    figures = {engine["precision"]: engine["relative_error"] for engine in sound["exports"][0]["engines"]}
+    figures = {
+        json.loads(engine["sidecar"])["precision"]: engine["relative_error"]
+        for engine in sound["exports"][0]["engines"]
+    }
     rates = {
         (measured["file"], measured["batch"]): measured["images_per_second"]["value"]
         for measured in sound["exports"][0]["throughput"]["rows"]
