@@ -1,4 +1,4 @@
-"""The process that compiles one engine and ends: ``python -m engines.compiler``, spoken to by ``engines.build``.
+"""The process that compiles one engine and ends: ``python -m engines.compiler``, spoken to by ``engines.compilation``.
 
 One engine per process, because a failed build leaves the compiler in a state in which the next INT8 build silently
 comes out in float32. The SDK is a parameter: ``tensorrt`` and ``tensorrt_rtx`` have the same interface, and the network

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
-from engines.audit import audit_of_file, expected_from_onnx
-from engines.build import Build, Compilation
+from engines.audit import Audit, audit_of_file, expected_from_onnx
+from engines.compilation import Compilation
 from engines.compiler import Request
 from engines.errors import VerificationFailed, listed
 from engines.files import reported_write_errors, sha256_of, synced
-from engines.manifest import sidecar_path
+from engines.manifest import Manifest, sidecar_path
 from engines.onnx_file import OnnxFile
 from engines.plan import header_from_file
 from engines.replacement import replace_together
@@ -17,6 +18,19 @@ from engines.sidecar import compute_capabilities, manifest_from_build
 from engines.traffic import prediction_of_file
 
 REJECTED = ".rejected"
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """An engine and its sidecar, audited and in place; for INT8, what ``engines.traffic`` predicts."""
+
+    engine: pathlib.Path
+    sidecar: pathlib.Path
+    manifest: Manifest
+    audit: Audit
+    seconds: float
+    warnings: tuple[str, ...]
+    prediction: str | None = None
 
 
 def delivered(made: Compilation, graph: OnnxFile, request: Request, target: pathlib.Path) -> Build:

@@ -34,7 +34,7 @@ from exporter.request import (
 from exporter.version import VERSION
 
 if TYPE_CHECKING:
-    from engines.build import Progress
+    from engines.compilation import Progress
     from exporter.report import Report
 
 DESCRIPTION = """\

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.build import Progress
+from engines.compilation import Progress
 from engines.files import write_whole
 from engines.parity import GATES
 from exporter.architecture import Architecture

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from engines.build import Progress
+from engines.compilation import Progress
 from engines.sdk import Sdk, check_precision
 from exporter.dataset import Dataset
 from exporter.errors import InputRejected

@@ -27,7 +27,7 @@ import onnx
 import torch
 from numpy.typing import NDArray
 
-from engines.build import Progress
+from engines.compilation import Progress
 from engines.files import reported_write_errors, sha256_of, write_whole
 from engines.interrupts import Uninterrupted
 from engines.traffic import prediction_of_file

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterator, Mapping
 
-from engines.build import CompilerProcess
+from engines.compilation import CompilerProcess
 from engines.process import Process
 from engines.sdk import check_precision, gpu_compute_capability, sdk_for_build
 from exporter.errors import SdkMissing, VerificationFailed

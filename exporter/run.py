@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from engines.build import Progress
+from engines.compilation import Progress
 from engines.interrupts import Uninterrupted
 from exporter.processes import started
 from exporter.request import Request

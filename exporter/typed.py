@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.audit import Audit, audit_of_file
-from engines.build import CompilerProcess, Progress
+from engines.compilation import CompilerProcess, Progress
 from engines.compiler import Request as CompilerRequest
 from engines.files import write_whole
 from engines.manifest import sidecar_path

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from typing import TYPE_CHECKING
 
 from engines.arguments import batch_from_text, cards_from_text
-from engines.build import Build, build
+from engines.build import build
 from engines.compiler import HARDWARE_COMPATIBILITY, Options
 from engines.errors import VerificationFailed
 from engines.sizes import sizes_from_text
+
+if TYPE_CHECKING:
+    from engines.delivery import Build
 
 NAME = "build"
 HELP = "compile a typed ONNX file of the exporter into an engine, audit that, and write its sidecar"

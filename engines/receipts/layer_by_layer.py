@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engines.backends.backend import TensorDescription
-from engines.build import DEFAULT_OPTIONS, CompilerProcess
-from engines.compiler import Request
+from engines.compilation import CompilerProcess
+from engines.compiler import Options, Request
 from engines.errors import InputRejected, SdkMissing
 from engines.files import write_whole
 from engines.golden import golden_from_file
@@ -132,13 +132,13 @@ def compile_copy(copy: pathlib.Path, engine: pathlib.Path, sdk: Sdk, manifest: M
     """Compiles for one card, with the profile of the engine in question up to its optimum, which saves memory.
 
     Raises:
-        SdkMissing, CompilerRefused, OutputFailed: see ``engines.build.CompilerProcess.result``.
+        SdkMissing, CompilerRefused, OutputFailed: see ``engines.compilation.CompilerProcess.result``.
     """
     ((least, best, _),) = manifest.profile.values()
     cards = (capability,) if not sdk.needs_gpu and capability in RTX_CARDS else ()
     batch = (least[0], best[0], best[0])
     with CompilerProcess(sdk) as process:
-        process.submit(Request(str(copy), str(engine), batch, cards, DEFAULT_OPTIONS, _sizes(manifest)))
+        process.submit(Request(str(copy), str(engine), batch, cards, Options(), _sizes(manifest)))
         process.result()
 
 

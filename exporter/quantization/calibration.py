@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.build import Progress
+from engines.compilation import Progress
 from exporter.errors import VerificationFailed
 from exporter.onnx_graph import Graph
 from exporter.quantization.equalization import Factors, cross_layer_factors, with_factors

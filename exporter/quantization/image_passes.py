@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.build import Progress
+from engines.compilation import Progress
 from exporter.errors import VerificationFailed
 from exporter.onnx_graph import Graph
 from exporter.quantization.histogram import Histogram

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.build import Progress
+from engines.compilation import Progress
 from exporter.onnx_graph import Graph
 from exporter.precisions.rescaling import HALF_MAX, SAFETY
 from exporter.quantization.correction import moments_of, refitted, sum_by_channel

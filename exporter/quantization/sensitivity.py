@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines.build import Progress
+from engines.compilation import Progress
 from exporter.errors import VerificationFailed
 from exporter.quantization.quantized import Quantized
 from exporter.quantization.simulation import Step, float_layer, quantized_layer, run_steps, steps_of_graph, unweighted

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.build import CompilerProcess
+from engines.compilation import CompilerProcess
 from engines.compiler import Request
 from engines.expected import expected_from_onnx
 from engines.onnx_file import onnx_file_from_path

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import exporter
 from engines.audit import ExpectedConvolution, audit_of_file, audit_of_plan
-from engines.build import CompilerProcess
+from engines.compilation import CompilerProcess
 from engines.errors import VerificationFailed
 from engines.plan import PlanRejected, plan_from_bytes, plan_from_file
 from tests.networks import NaiveRepVGG, Shape, contiguous_float

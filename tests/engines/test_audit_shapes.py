@@ -13,7 +13,7 @@ import onnx
 import pytest
 
 from engines.audit import audit_of_plan, expected_from_onnx
-from engines.build import CompilerProcess
+from engines.compilation import CompilerProcess
 from engines.compiler import Request
 from engines.onnx_file import onnx_file_from_path
 from engines.plan import plan_from_bytes, plan_from_file

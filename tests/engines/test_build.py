@@ -23,8 +23,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines import compiler
-from engines.build import Build, CompilerProcess, build, check_options
+from engines.build import build, check_options
+from engines.compilation import CompilerProcess
 from engines.compiler import Options, Request, engine_from_onnx
+from engines.delivery import Build
 from engines.errors import (
     CompilerRefused,
     InputRejected,
@@ -228,7 +230,7 @@ def test_the_compiler_dies_with_the_process_that_asked(module, tmp_path, submitt
     """)
     asking = f"""
         import time
-        from engines.build import CompilerProcess
+        from engines.compilation import CompilerProcess
         from engines.compiler import Request
         from engines.sdk import Sdk
         with CompilerProcess(Sdk("stand_in", "Stand-in", needs_gpu=False, install="")) as process:

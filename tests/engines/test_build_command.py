@@ -9,8 +9,9 @@ import onnx
 import pytest
 
 from engines.arguments import LARGEST_BATCH, batch_from_text, cards_from_text, check_batch
-from engines.build import Build, CompilerProcess
 from engines.commands import build as command
+from engines.compilation import CompilerProcess
+from engines.delivery import Build
 from engines.errors import UsageError
 from engines.integrity import checked_engine
 from engines.plan import header_from_file
