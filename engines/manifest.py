@@ -22,8 +22,8 @@ TENSOR_DTYPES = ("float32", "float16", "int8", "int32", "int64")
 LARGEST_SIDECAR = 1 << 24
 
 _HASHED = ("checkpoint", "onnx", "engine")
-_VERSION = re.compile(r"\d+(\.\w+)+")
-_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_VERSION = re.compile(r"\d+(\.\w+)+", re.ASCII)
+_SYMBOL = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)

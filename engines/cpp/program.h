@@ -72,6 +72,14 @@ inline int whole_number(const std::string& option, const std::string& text, int 
 
 constexpr int kLastDevice = 9999;
 
+// Writes the kernels that were compiled into the runtime cache that was named; says in one line what became of it.
+inline std::string runtime_cache_kept(const Engine& engine) {
+    const std::string refusal = engine.runtime_cache_refusal();
+    const Status saved = engine.save_runtime_cache();
+    if (!saved.ok()) return saved.message();
+    return refusal.empty() ? "its kernels were used" : "made anew (" + refusal + ")";
+}
+
 }  // namespace repvgg::program
 
 #endif  // REPVGG_PROGRAM_H

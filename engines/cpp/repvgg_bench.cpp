@@ -34,22 +34,24 @@ using repvgg::program::status_of;
 using Clock = std::chrono::steady_clock;
 
 constexpr const char* kUsageText =
-    "usage: repvgg_bench ENGINE [--batch N] [--duration S] [--threads N] [--device N] [--no-graph] [--json]\n"
+    "usage: repvgg_bench ENGINE [--batch N] [--duration S] [--threads N] [--device N] [--no-graph]\n"
+    "                    [--runtime-cache FILE] [--json]\n"
     "\n"
     "Measures an engine: images per second, latency, and what the GPU spends on copies and computation.\n"
     "\n"
-    "  --batch N     images in a call (default: the usual batch of the engine's profile)\n"
-    "  --duration S  seconds to measure, after a tenth of it to warm up (default: 3)\n"
-    "  --threads N   threads, each with a context of its own (default: 1)\n"
-    "  --device N    the GPU (default: 0)\n"
-    "  --no-graph    launches kernels one by one, without a CUDA graph\n"
-    "  --json        prints one object of JSON\n"
+    "  --batch N             images in a call (default: the usual batch of the engine's profile)\n"
+    "  --duration S          seconds to measure, after a tenth of it to warm up (default: 3)\n"
+    "  --threads N           threads, each with a context of its own (default: 1)\n"
+    "  --device N            the GPU (default: 0)\n"
+    "  --no-graph            launches kernels one by one, without a CUDA graph\n"
+    "  --runtime-cache FILE  keeps the kernels that TensorRT for RTX compiles in the first query\n"
+    "  --json                prints one object of JSON\n"
     "\n"
     "exit codes: 0 done; 1 the answers are not finite; 2 usage; 3 a file cannot be used; 4 a needed SDK or GPU is "
     "missing\n";
 
 struct Arguments {
-    std::string engine;
+    std::string engine, runtime_cache;
     int batch = 0, threads = 1, device = 0;
     double duration = 3;
     bool graph = true, json = false, help = false;
@@ -95,6 +97,9 @@ Arguments arguments_from(int count, char** texts) {
             arguments.device = number_from_text(text, value(), 0, repvgg::program::kLastDevice);
         } else if (text == "--duration") {
             arguments.duration = seconds_from_text(value());
+        } else if (text == "--runtime-cache") {
+            arguments.runtime_cache = value();
+            if (arguments.runtime_cache.empty()) fail(Code::kUsage, text + ": give a file; see repvgg_bench --help");
         } else if (text.compare(0, 1, "-") == 0) {
             fail(Code::kUsage, text + ": no such option; see repvgg_bench --help");
         } else {
@@ -256,6 +261,7 @@ struct Figures {
     double p50 = 0, p90 = 0, p99 = 0;
     double to_device = 0, compute = 0, to_host = 0, variation = 0;
     bool graph = false;
+    std::string runtime_cache;  // what became of it; empty without one
     std::vector<std::string> warnings;
 };
 
@@ -324,10 +330,14 @@ void print_text(const repvgg::Description& description, const Arguments& argumen
     std::printf("  on the GPU      host to device %s, compute %s, device to host %s (medians, events)\n",
                 milliseconds(figures.to_device).c_str(), milliseconds(figures.compute).c_str(),
                 milliseconds(figures.to_host).c_str());
+    if (!figures.runtime_cache.empty()) std::printf("  runtime cache   %s\n", figures.runtime_cache.c_str());
     for (const std::string& warning : figures.warnings) std::printf("warning: %s\n", warning.c_str());
 }
 
-std::string quoted(const std::string& text) {
+// As JSON has it; what is not UTF-8, which a file's name may hold, becomes question marks.
+std::string quoted(std::string text) {
+    const auto sound = [&text] { return repvgg::utf8_length(text.data(), text.size()); };
+    for (std::size_t place = sound(); place < text.size(); place = sound()) text[place] = '?';
     std::string escaped = "\"";
     for (const char letter : text) {
         const auto byte = static_cast<unsigned char>(letter);
@@ -361,6 +371,7 @@ void print_json(const repvgg::Description& description, const Arguments& argumen
     print("threads", std::to_string(arguments.threads), ", ");
     print("graph", figures.graph ? "true" : "false", ", ");
     print("transfers", "true", ", ");
+    print("runtime_cache", figures.runtime_cache.empty() ? "null" : quoted(figures.runtime_cache), ", ");
     print("first_ms", json_milliseconds(figures.first), ", ");
     print("queries", std::to_string(figures.queries), ", ");
     print("seconds", json_number(figures.seconds), ", ");
@@ -384,7 +395,8 @@ void print_json(const repvgg::Description& description, const Arguments& argumen
 
 void bench(const Arguments& arguments) {
     repvgg::Engine engine;
-    require(repvgg::Engine::load(arguments.engine.c_str(), arguments.device, engine));
+    const repvgg::LoadOptions options = {arguments.device, arguments.runtime_cache.c_str()};
+    require(repvgg::Engine::load(arguments.engine.c_str(), options, engine));
     const repvgg::Description& description = engine.description();
     const int batch = arguments.batch > 0 ? arguments.batch : description.profile[1][0];
     const std::vector<Measured> all = measured_by_threads(engine, arguments, batch);
@@ -394,7 +406,8 @@ void bench(const Arguments& arguments) {
                                             ": its answers are NaN or infinite, so no figure is given; " +
                                             "see what repvgg_verify says");
     }
-    const Figures figures = figures_of(all, arguments, batch);
+    Figures figures = figures_of(all, arguments, batch);
+    if (!arguments.runtime_cache.empty()) figures.runtime_cache = repvgg::program::runtime_cache_kept(engine);
     (arguments.json ? print_json : print_text)(description, arguments, figures);
 }
 

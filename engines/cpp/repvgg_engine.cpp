@@ -1,18 +1,24 @@
-// See repvgg_engine.h. In this file, each upon those before it:
+// See repvgg_engine.h. The sections of this file, each upon those before it:
 //
-//     status and text          Refused, which is what is thrown in here; guarded(), which makes a Status of it
-//     SHA-256, UTF-8, files    what is hashed is what was read, once
-//     JSON, typed JSON         any file of JSON; a value with its place in it
-//     the sidecar              what <engine>.json says, as strictly as Python reads it
-//     the header               what the first bytes of the engine say
-//     calls                    of TensorRT and CUDA: errors, ownership, the current device
-//     the loaded engine        all checks, then deserialization; makes and frees contexts, one at a time
-//     the context              memory, streams, batches in parts, CUDA graphs
-//     the interface            of the header
+//     status and text               Refused, which is what is thrown in here; guarded(), which makes a Status of it
+//     SHA-256 and UTF-8             of bytes in memory
+//     files                         read once, as a whole; written whole, or not at all
+//     JSON                          any file of it
+//     typed JSON                    a value with its place in the file
+//     the sidecar                   what <engine>.json says, as strictly as Python reads it
+//     the header of an engine file  what its first bytes say
+//     calls of TensorRT and CUDA    errors, ownership, the current device
+//     the runtime cache             the kernels that TensorRT for RTX compiles
+//     the loaded engine             all checks, then deserialization; makes and frees contexts, one at a time
+//     the context                   memory, streams, batches in parts, CUDA graphs
+//     the interface                 of repvgg_engine.h
 #include "repvgg_engine.h"
 
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
+#if __has_include(<unistd.h>)
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cerrno>
@@ -26,6 +32,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <shared_mutex>
 #include <sstream>
 #include <stdexcept>
 #include <utility>
@@ -35,6 +42,7 @@ namespace repvgg {
 // ---------------------------------------------------------------------------------------------------- status and text
 
 Status::Status(Code code, const char* message) noexcept : code_(code) {
+    if (message == nullptr) return;
     std::size_t length = 0;
     for (const char* letter = message; *letter != '\0' && length + 1 < sizeof(message_); ++letter) {
         const auto byte = static_cast<unsigned char>(*letter);
@@ -50,6 +58,8 @@ int Status::exit_code() const noexcept {
         case Code::kDeviceMemory:
         case Code::kInternal:
             return static_cast<int>(Code::kDevice);
+        case Code::kOutput:
+            return 5;
         default:
             return static_cast<int>(code_);
     }
@@ -96,7 +106,9 @@ std::string text_of_cards(const std::vector<int>& cards) {
 
 std::string text_of_size(int height, int width) { return std::to_string(height) + "x" + std::to_string(width); }
 
-// ----------------------------------------------------------------------------------------------------------- SHA-256
+bool is_named(const char* path) { return path != nullptr && path[0] != '\0'; }
+
+// ------------------------------------------------------------------------------------------------- SHA-256 and UTF-8
 
 constexpr std::array<std::uint32_t, 64> kRoundConstants = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
@@ -211,13 +223,66 @@ std::vector<unsigned char> bytes_of_file(const std::string& path, std::uintmax_t
     return content;
 }
 
+// A file that has no name yet: nobody reads it before it is whole, and it is gone again unless it gets to that.
+class UnfinishedFile {
+  public:
+    explicit UnfinishedFile(const std::string& path) : path_(path) {
+        const std::filesystem::path whole(path);
+        const std::string prefix = (whole.parent_path() / ("." + whole.filename().string() + ".partial-")).string();
+        std::error_code error;
+        const std::filesystem::file_status found = std::filesystem::status(whole, error);
+        if (std::filesystem::exists(found) && !std::filesystem::is_regular_file(found)) wrong("it is no plain file");
+        // Of a name that nobody has: neither another process, nor one that was killed while it wrote.
+        for (int number = 0; file_ == nullptr; ++number) {
+            partial_ = prefix + std::to_string(number);
+            file_ = std::fopen(partial_.c_str(), "wbx");
+            if (file_ == nullptr && (errno != EEXIST || number == kMostUnfinished)) wrong(std::strerror(errno));
+        }
+    }
+    UnfinishedFile(const UnfinishedFile&) = delete;
+    UnfinishedFile& operator=(const UnfinishedFile&) = delete;
+    ~UnfinishedFile() {
+        if (file_ != nullptr) static_cast<void>(std::fclose(file_));
+        if (!named_) static_cast<void>(std::remove(partial_.c_str()));
+    }
+
+    void add(const void* data, std::size_t size) {
+        if (std::fwrite(data, 1, size, file_) != size) wrong(std::strerror(errno));
+    }
+
+    // On the disk first, then under its name.
+    void finish() {
+        if (std::fflush(file_) != 0) wrong(std::strerror(errno));
+#if __has_include(<unistd.h>)
+        if (fsync(fileno(file_)) != 0) wrong(std::strerror(errno));
+#endif
+        if (std::fclose(std::exchange(file_, nullptr)) != 0) wrong(std::strerror(errno));
+        std::error_code error;
+        std::filesystem::rename(partial_, path_, error);
+        if (error) wrong(error.message());
+        named_ = true;
+    }
+
+  private:
+    [[noreturn]] void wrong(const std::string& reason) const {
+        refuse(Code::kOutput,
+               path_ + ": cannot be written (" + reason + "); give a file in a writable directory with space left");
+    }
+
+    static constexpr int kMostUnfinished = 999;
+
+    std::string path_, partial_;
+    std::FILE* file_ = nullptr;
+    bool named_ = false;
+};
+
 // -------------------------------------------------------------------------------------------------------------- JSON
 
-// Any value; a number is kept as it is written. An object has a name for each of its entries.
+// Any value, but not which of true and false; a number is kept as it is written. An object has a name for each of its
+// entries.
 struct Json {
     enum class Kind { kNull, kBoolean, kNumber, kText, kList, kObject };
     Kind kind = Kind::kNull;
-    bool boolean = false;
     std::string text;
     std::vector<std::string> names;
     std::vector<Json> entries;
@@ -230,7 +295,8 @@ struct Malformed {
 
 constexpr int kDeepest = 64;
 
-// RFC 8259, UTF-8 alone, and stricter: no name twice in an object, nothing nested deeper than kDeepest.
+// RFC 8259, UTF-8 alone, and stricter: no name twice in an object, no half of a character, nothing nested deeper than
+// kDeepest.
 class JsonReader {
   public:
     explicit JsonReader(const std::vector<unsigned char>& content) : content_(content) {}
@@ -313,8 +379,7 @@ Json JsonReader::read(int depth) {
         case 't':
         case 'f':
             value.kind = Json::Kind::kBoolean;
-            value.boolean = peek() == 't';
-            expect(value.boolean ? "true" : "false");
+            expect(peek() == 't' ? "true" : "false");
             return value;
         case 'n':
             expect("null");
@@ -663,11 +728,22 @@ struct Preprocessing {
     int height, width, channels;
 };
 
-// Whether a text of comma-separated numbers, as the exporter's flags have them, says these.
-bool says_numbers(const std::string& text, const std::vector<double>& numbers) {
-    std::vector<double> said;
-    for (const std::string& part : split(text, ',')) said.push_back(number_from_text(part));
-    return said == numbers;
+// As the exporter writes them: separated by commas, each in six digits, or in as many as it takes.
+std::string text_of_numbers(const std::vector<double>& numbers) {
+    std::vector<std::string> texts;
+    for (const double number : numbers) {
+        std::string text;
+        for (int digits = 6; digits <= 17 && number_from_text(text) != number; ++digits) {
+            std::ostringstream stream;
+            stream.exceptions(std::ios::badbit);
+            stream.imbue(std::locale::classic());
+            stream.precision(digits);
+            stream << number;
+            text = stream.str();
+        }
+        texts.push_back(text);
+    }
+    return joined(texts, ",");
 }
 
 Preprocessing preprocessing_of(const Value& value, const Value& assumptions) {
@@ -685,7 +761,7 @@ Preprocessing preprocessing_of(const Value& value, const Value& assumptions) {
     found.width = size[1].whole_number(1);
     for (const char* name : {"mean", "std"}) {
         const std::vector<double>& numbers = name[0] == 'm' ? found.mean : found.std;
-        if (assumptions.has(name) && !says_numbers(assumptions.field(name).text(), numbers)) {
+        if (assumptions.has(name) && assumptions.field(name).text() != text_of_numbers(numbers)) {
             value.field(name).wrong(std::string("what assumptions.") + name + " says");
         }
     }
@@ -793,16 +869,19 @@ constexpr std::array<int, 6> kCardBits = {75, 80, 86, 89, 120, 121};
 constexpr unsigned kNewerCardsBit = 6;
 constexpr const char* kBuildAgain = "; build it again with python -m engines build";
 
+[[noreturn]] void refuse_engine(const std::string& path, const std::string& problem) {
+    refuse(Code::kFile, path + ": " + problem + kBuildAgain);
+}
+
 std::uint64_t little_endian(const unsigned char* bytes, unsigned count) {
     std::uint64_t number = 0;
     for (unsigned i = 0; i < count; ++i) number |= std::uint64_t{bytes[i]} << 8 * i;
     return number;
 }
 
-Header header_from_bytes(const std::vector<unsigned char>& data, const std::string& where) {
+Header header_from_bytes(const std::vector<unsigned char>& data, const std::string& path) {
     if (data.size() < kHeaderBytes) {
-        refuse(Code::kFile,
-               where + ": " + std::to_string(data.size()) + " bytes are too few for an engine" + kBuildAgain);
+        refuse_engine(path, std::to_string(data.size()) + " bytes are too few for an engine");
     }
     const std::string tag(data.begin(), data.begin() + 4);
     Header header;
@@ -810,15 +889,15 @@ Header header_from_bytes(const std::vector<unsigned char>& data, const std::stri
         header.sdk = "tensorrt";
         return header;
     }
-    if (tag != "vtrt") refuse(Code::kFile, where + ": not a TensorRT engine" + kBuildAgain);
+    if (tag != "vtrt") refuse_engine(path, "not a TensorRT engine");
     header.sdk = "tensorrt_rtx";
     if (little_endian(&data[8], 8) != 2 || std::memcmp(&data[28], tag.data(), 4) != 0) {
-        refuse(Code::kFile, where + ": its header is of another format" + kBuildAgain);
+        refuse_engine(path, "its header is of another format");
     }
     const std::uint64_t size = little_endian(&data[16], 8);
     if (size != data.size()) {
-        refuse(Code::kFile, where + ": the header says " + std::to_string(size) + " bytes, the file has " +
-                                std::to_string(data.size()) + kBuildAgain);
+        refuse_engine(
+            path, "the header says " + std::to_string(size) + " bytes, the file has " + std::to_string(data.size()));
     }
     std::vector<std::string> parts;
     for (std::size_t i = 24; i < 28; ++i) parts.push_back(std::to_string(data[i]));
@@ -834,7 +913,7 @@ Header header_from_bytes(const std::vector<unsigned char>& data, const std::stri
 void check_header(const std::string& path, const Header& header, const Description& description) {
     const auto check = [&path](const char* what, const std::string& found, const std::string& said) {
         if (found == said) return;
-        refuse(Code::kFile, path + ": its header says " + what + " " + found + ", its sidecar " + said + kBuildAgain);
+        refuse_engine(path, std::string("its header says ") + what + " " + found + ", its sidecar " + said);
     };
     check("SDK", header.sdk, description.sdk);
     if (header.sdk != "tensorrt_rtx") return;
@@ -1065,6 +1144,94 @@ bool is_capturable(const AnyContext&, cudaStream_t, long) {
     return true;
 }
 
+// ------------------------------------------------------------------------------------------------- the runtime cache
+
+constexpr const char* kNoCacheNamed = "no runtime cache was named when the engine was loaded";
+
+#ifdef TRT_MAJOR_RTX
+
+// The kernels that are compiled at run time, and the file they are kept in, which engines/runtime_cache.py documents,
+// reads and writes as well: a header of five lines, made anew to be compared, then what the SDK serialized. They only
+// save time, so nothing that goes wrong here keeps an engine from being loaded.
+class RuntimeCache {
+  public:
+    static constexpr bool kIsKept = true;
+
+    // Lets the contexts that are made with `config` take kernels from the file at `path`, and add theirs to them.
+    void use(const char* path, const std::string& engine_sha256, const std::string& sdk_version, int card,
+             nvinfer1::IRuntimeConfig& config) noexcept {
+        Status unread;
+        const Status unused = guarded([&] {
+            path_ = path;
+            owner_ = "repvgg runtime cache 1\n" + engine_sha256 + "\n" + sdk_version + "\n";
+            owner_ += "sm" + std::to_string(card) + "\n";
+            cache_ = made(config.createRuntimeCache(), "createRuntimeCache");
+            unread = guarded([&] { read(); });
+            answered(config.setRuntimeCache(*cache_), "setRuntimeCache");
+            in_use_ = true;
+        });
+        refusal_ = unused.ok() ? unread : unused;
+        static_cast<void>(take_last_error());
+        Logger::forget();
+    }
+
+    const char* refusal() const noexcept { return refusal_.message(); }
+
+    void save() {
+        if (!in_use_ && !refusal_.ok()) throw Refused{refusal_};
+        if (!in_use_) refuse(Code::kUsage, kNoCacheNamed);
+        const std::unique_ptr<nvinfer1::IHostMemory> kernels = made(cache_->serialize(), "serialize");
+        const std::string header = header_of(kernels->data(), kernels->size());
+        if (kernels->size() == 0 || header == written_) return;
+        UnfinishedFile file(path_);
+        file.add(header.data(), header.size());
+        file.add(kernels->data(), kernels->size());
+        file.finish();
+        written_ = header;
+    }
+
+  private:
+    static constexpr std::uintmax_t kLargest = std::uintmax_t{1} << 30;
+
+    std::string header_of(const void* kernels, std::size_t size) const {
+        return owner_ + hexadecimal(sha256(kernels, size)) + "\n";
+    }
+
+    void read() {
+        std::error_code error;
+        if (!std::filesystem::exists(path_, error)) refuse(Code::kFile, path_ + ": is not there yet");
+        const std::vector<unsigned char> content = bytes_of_file(path_, kLargest);
+        const std::size_t start = std::min(header_of(nullptr, 0).size(), content.size()), size = content.size() - start;
+        const std::string header = header_of(content.data() + start, size);
+        if (size == 0 || !std::equal(header.begin(), header.end(), content.begin())) {
+            refuse(Code::kFile, path_ + ": damaged, or of another engine, version or card");
+        }
+        if (!cache_->deserialize(content.data() + start, size)) {
+            refuse(Code::kFile, path_ + ": of another driver or GPU (" + Logger::said() + ")");
+        }
+        written_ = header;
+    }
+
+    std::string path_, owner_;  // the file, and the lines that say what its kernels are for
+    std::string written_;       // the header of the file as it was read or written last
+    std::unique_ptr<nvinfer1::IRuntimeCache> cache_;
+    bool in_use_ = false;
+    Status refusal_;
+};
+
+#else
+
+// Full TensorRT compiles nothing at run time.
+class RuntimeCache {
+  public:
+    static constexpr bool kIsKept = false;
+    void use(const char*, const std::string&, const std::string&, int, nvinfer1::IRuntimeConfig&) noexcept {}
+    const char* refusal() const noexcept { return ""; }
+    void save() { refuse(Code::kUsage, kNoCacheNamed); }
+};
+
+#endif
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------- the loaded engine
@@ -1088,12 +1255,15 @@ struct LoadedEngine {
     std::size_t activations = 0;  // bytes that a context needs
     std::unique_ptr<nvinfer1::IRuntime> runtime;
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
+    mutable RuntimeCache cache;
     std::unique_ptr<nvinfer1::IRuntimeConfig> config;
-    mutable std::mutex turn;  // to make or free a context
+    mutable std::mutex turn;            // to make or free a context
+    mutable std::shared_mutex kernels;  // shared by those that may compile some; to serialize them it is held alone
 
     // A context whose activations lie in `memory`; contexts that share it must take turns.
     OwnedContext new_context(const DeviceMemory& memory) const {
         const std::lock_guard<std::mutex> lock(turn);
+        const std::shared_lock<std::shared_mutex> compiling(kernels);
         OwnedContext context(made(engine->createExecutionContext(config.get()), "createExecutionContext").release(),
                              FreesContext{&turn});
         context->setDeviceMemoryV2(memory.get(), static_cast<std::int64_t>(activations));
@@ -1127,7 +1297,7 @@ void check_versions(const std::string& path, const Description& description) {
     const bool same_major = library[0] == NV_TENSORRT_MAJOR;
     if (!same_major || (rtx ? library[1] != NV_TENSORRT_MINOR : library[1] < NV_TENSORRT_MINOR)) {
         refuse(Code::kDevice, std::string(title_of(kSdk)) + " " + installed +
-                                  " is installed here, and this program was " + "compiled with the headers of " +
+                                  " is installed here, and this program was compiled with the headers of " +
                                   std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) +
                                   "; build the program with the installed ones");
     }
@@ -1136,10 +1306,11 @@ void check_versions(const std::string& path, const Description& description) {
     if (same) return;
     refuse(Code::kDevice, path + ": made by " + title_of(kSdk) + " " + made_by + ", and " + installed +
                               " is installed here; install " + made_by +
-                              ", or build the engine again with python -m engines " + "build --sdk " + kSdk);
+                              ", or build the engine again with python -m engines build --sdk " + kSdk);
 }
 
-void check_card(const std::string& path, const Header& header, const Description& description, int device) {
+// The compute capability of the GPU, as in 86, which must be one of the engine's.
+int checked_card(const std::string& path, const Header& header, const Description& description, int device) {
     int count = 0;
     const cudaError_t error = cudaGetDeviceCount(&count);
     if (error != cudaSuccess || count < 1) {
@@ -1158,30 +1329,29 @@ void check_card(const std::string& path, const Header& header, const Description
     const int card = major * 10 + minor;
     const std::vector<int>& cards = header.cards.empty() ? description.cards : header.cards;
     const bool named = std::find(cards.begin(), cards.end(), card) != cards.end();
-    if (cards.empty() || named || (header.newer_cards && card > *std::max_element(cards.begin(), cards.end()))) return;
-    refuse(Code::kDevice, path + ": built for " + text_of_cards(cards) + ", and this GPU is sm" + std::to_string(card) +
-                              kBuildAgain + " --sdk " + kSdk + " for this card");
+    if (!cards.empty() && !named && !(header.newer_cards && card > *std::max_element(cards.begin(), cards.end()))) {
+        refuse(Code::kDevice, path + ": built for " + text_of_cards(cards) + ", and this GPU is sm" +
+                                  std::to_string(card) + kBuildAgain + " --sdk " + kSdk + " for this card");
+    }
+    return card;
 }
 
 // Inputs and outputs are those of the sidecar, float32, plain arrays on the GPU.
 void check_tensors(const std::string& path, const nvinfer1::ICudaEngine& engine, const Description& description) {
-    const auto wrong = [&path](const std::string& problem) {
-        refuse(Code::kFile, path + ": " + problem + kBuildAgain);
-    };
     const auto expected = static_cast<int>(1 + description.outputs.size());
     if (engine.getNbIOTensors() != expected) {
-        wrong("it has " + std::to_string(engine.getNbIOTensors()) + " inputs and outputs, its sidecar " +
-              std::to_string(expected));
+        refuse_engine(path, "it has " + std::to_string(engine.getNbIOTensors()) + " inputs and outputs, its sidecar " +
+                                std::to_string(expected));
     }
     const auto check_tensor = [&](const Tensor& tensor, nvinfer1::TensorIOMode mode) {
         const char* name = tensor.name.c_str();
         if (engine.getTensorIOMode(name) != mode || !is_form_of(shape_of(engine.getTensorShape(name)), tensor.shape)) {
-            wrong(tensor.name + " is not what its sidecar says");
+            refuse_engine(path, tensor.name + " is not what its sidecar says");
         }
         if (engine.getTensorDataType(name) != nvinfer1::DataType::kFLOAT ||
             engine.getTensorLocation(name) != nvinfer1::TensorLocation::kDEVICE ||
             engine.getTensorFormat(name) != nvinfer1::TensorFormat::kLINEAR) {
-            wrong(tensor.name + " is not a plain array of float32 on the GPU");
+            refuse_engine(path, tensor.name + " is not a plain array of float32 on the GPU");
         }
     };
     check_tensor(description.input, nvinfer1::TensorIOMode::kINPUT);
@@ -1197,15 +1367,14 @@ Profile profile_of_engine(const std::string& path, const nvinfer1::ICudaEngine& 
         profile[i] = shape_of(engine.getProfileShape(input.name.c_str(), 0, kSelectors[i]));
         const bool positive = std::all_of(profile[i].begin(), profile[i].end(), [](int extent) { return extent > 0; });
         if (!positive || !is_form_of(profile[i], input.shape)) {
-            refuse(Code::kFile, path + ": its profile is not one of its input" + kBuildAgain);
+            refuse_engine(path, "its profile is not one of its input");
         }
     }
-    if (!is_ordered(profile)) refuse(Code::kFile, path + ": its profile contradicts itself" + kBuildAgain);
+    if (!is_ordered(profile)) refuse_engine(path, "its profile contradicts itself");
     return profile;
 }
 
 void deserialize(LoadedEngine& loaded, const std::string& path, const std::vector<unsigned char>& content) {
-    const Selected current(loaded.device);
     loaded.runtime = made(nvinfer1::createInferRuntime(the_logger()), "createInferRuntime");
     loaded.engine =
         made(loaded.runtime->deserializeCudaEngine(content.data(), content.size()), "deserializeCudaEngine");
@@ -1230,7 +1399,7 @@ struct DestroyOnDevice {
     }
 };
 
-std::shared_ptr<const LoadedEngine> loaded_from_file(const std::string& path, int device) {
+std::shared_ptr<const LoadedEngine> loaded_from_file(const std::string& path, const LoadOptions& options) {
     std::error_code error;
     if (!std::filesystem::is_regular_file(path, error)) refuse(Code::kFile, path + ": no such engine; check the path");
     const std::string sidecar_path = path + ".json";
@@ -1243,20 +1412,24 @@ std::shared_ptr<const LoadedEngine> loaded_from_file(const std::string& path, in
     const std::vector<unsigned char> content = bytes_of_file(path, std::numeric_limits<std::size_t>::max());
     const std::string digest = hexadecimal(sha256(content.data(), content.size()));
     if (digest != sidecar.engine_sha256) {
-        refuse(Code::kFile, path + ": its SHA-256 is " + digest.substr(0, 12) + "..., its sidecar's is " +
+        refuse_engine(path, "its SHA-256 is " + digest.substr(0, 12) + "..., its sidecar's is " +
                                 sidecar.engine_sha256.substr(0, 12) +
-                                "...: damaged, replaced, or the sidecar is another engine's" + kBuildAgain);
+                                "...: damaged, replaced, or the sidecar is another engine's");
     }
     const Header header = header_from_bytes(content, path);
     check_header(path, header, sidecar.description);
     check_sdk(path, sidecar.description);
     check_versions(path, sidecar.description);
-    check_card(path, header, sidecar.description, device);
+    const int card = checked_card(path, header, sidecar.description, options.device);
 
-    std::unique_ptr<LoadedEngine, DestroyOnDevice> loaded(new LoadedEngine, DestroyOnDevice{device});
-    loaded->device = device;
+    const Selected current(options.device);
+    std::unique_ptr<LoadedEngine, DestroyOnDevice> loaded(new LoadedEngine, DestroyOnDevice{options.device});
+    loaded->device = options.device;
     loaded->description = sidecar.description;
     deserialize(*loaded, path, content);
+    if (is_named(options.runtime_cache)) {
+        loaded->cache.use(options.runtime_cache, digest, sidecar.description.sdk_version, card, *loaded->config);
+    }
     return std::shared_ptr<const LoadedEngine>(std::move(loaded));
 }
 
@@ -1296,7 +1469,7 @@ struct Running {
     std::vector<Staged> outputs;
     std::array<Event, 4> events;  // around the copies and the computation; none without `timing`
     OwnedContext context;
-    int batch_set = 0;  // in the shapes of `context`
+    int batch_set = 0;  // in the shapes of `context`, which has run it; 0 for none
     std::map<int, Recording> recordings;
     Status graph_refusal;
     Times times;
@@ -1314,12 +1487,13 @@ struct Running {
     Staged staged(const std::string& name, const std::vector<int>& shape) const;
     void bind(nvinfer1::IExecutionContext& to) const;
     void set_batch(nvinfer1::IExecutionContext& of, int batch) const;
-    void run_part(const float* images, int rows);
+    void run_part(const float* images, int rows, Times& sum);
     void fill(const float* images, int rows, int given);
     void enqueue(int batch);
     void compute(int batch);
+    void compile(nvinfer1::IExecutionContext& of) const;
     void mark(std::size_t place) const;
-    void add_times();
+    void add_times(Times& sum) const;
     void record(int batch);
     Recording recorded(int batch) const;
 };
@@ -1360,7 +1534,6 @@ void Running::allocate(const ContextOptions& given) {
         outputs.push_back(staged(output.name, found));
     }
     bind(*context);
-    batch_set = largest();
     for (Event& event : events) {
         if (!options.timing) break;
         cudaEvent_t made_event = nullptr;
@@ -1416,27 +1589,30 @@ void Running::infer(const float* images, const Output* wanted, std::size_t count
         if (found == nullptr)
             refuse(Code::kUsage, std::string(one->name ? one->name : "(null)") + " is no output of this engine");
         if (one->values == nullptr) refuse(Code::kUsage, found->name + ": no memory for its answers is given");
-        outputs[static_cast<std::size_t>(found - outputs.data())].wanted = one->values;
+        float*& place = outputs[static_cast<std::size_t>(found - outputs.data())].wanted;
+        if (place != nullptr) refuse(Code::kUsage, found->name + ": is asked for twice");
+        place = one->values;
     }
     const Selected current(loaded->device);
-    times = Times();
+    Times sum;
     for (int start = 0; start < batch; start += std::min(largest(), batch - start)) {
         const int rows = std::min(largest(), batch - start);
-        run_part(images + static_cast<std::size_t>(start) * input.values(), rows);
+        run_part(images + static_cast<std::size_t>(start) * input.values(), rows, sum);
         for (Staged& staged : outputs) {
             if (staged.wanted != nullptr) staged.wanted += static_cast<std::size_t>(rows) * staged.values();
         }
     }
+    times = sum;
 }
 
 // Computes `rows` images, at most the largest batch, and copies their answers to where they are wanted.
-void Running::run_part(const float* images, int rows) {
+void Running::run_part(const float* images, int rows, Times& sum) {
     const int given = std::max(rows, smallest());
     fill(images, rows, given);
     Work work(stream.get());
     enqueue(given);
     work.wait();
-    add_times();
+    add_times(sum);
     for (const Staged& output : outputs) {
         if (output.wanted == nullptr) continue;
         std::memcpy(output.wanted, output.pinned.get(), static_cast<std::size_t>(rows) * output.row_bytes);
@@ -1478,21 +1654,29 @@ void Running::compute(int batch) {
         check(cudaGraphLaunch(recording->second.graph.get(), stream.get()), "cudaGraphLaunch");
         return;
     }
-    if (batch_set != batch) {
-        batch_set = 0;
-        set_batch(*context, batch);
-        batch_set = batch;
+    if (batch_set == batch) {
+        answered(context->enqueueV3(stream.get()), "enqueueV3");
+        return;
     }
-    answered(context->enqueueV3(stream.get()), "enqueueV3");
+    batch_set = 0;
+    set_batch(*context, batch);
+    compile(*context);
+    batch_set = batch;
+}
+
+// The first run of a shape.
+void Running::compile(nvinfer1::IExecutionContext& of) const {
+    const std::shared_lock<std::shared_mutex> compiling(loaded->kernels);
+    answered(of.enqueueV3(stream.get()), "enqueueV3");
 }
 
 void Running::mark(std::size_t place) const {
     if (options.timing) check(cudaEventRecord(events[place].get(), stream.get()), "cudaEventRecord");
 }
 
-void Running::add_times() {
+void Running::add_times(Times& sum) const {
     if (!options.timing) return;
-    const std::array<double*, 3> sums = {&times.to_device, &times.compute, &times.to_host};
+    const std::array<double*, 3> sums = {&sum.to_device, &sum.compute, &sum.to_host};
     for (std::size_t i = 0; i < sums.size(); ++i) {
         float milliseconds = 0;
         check(cudaEventElapsedTime(&milliseconds, events[i].get(), events[i + 1].get()), "cudaEventElapsedTime");
@@ -1524,7 +1708,7 @@ Recording Running::recorded(int batch) const {
     nvinfer1::IExecutionContext& own = *recording.context;
     set_batch(own, batch);
     bind(own);
-    answered(own.enqueueV3(stream.get()), "enqueueV3");
+    compile(own);
     work.wait();
     if (!is_capturable(own, stream.get(), 0))
         refuse(Code::kDevice, "this engine's work cannot be recorded as a CUDA graph");
@@ -1555,13 +1739,34 @@ void release(std::unique_ptr<internal::Running>& running) noexcept {
 
 // ----------------------------------------------------------------------------------------------------- the interface
 
-Status Engine::load(const char* path, int device, Engine& engine) noexcept {
+Status Engine::load(const char* path, const LoadOptions& options, Engine& engine) noexcept {
     return guarded([&] {
         Logger::forget();
         if (path == nullptr) refuse(Code::kUsage, "no path of an engine is given");
-        if (device < 0) refuse(Code::kUsage, "device " + std::to_string(device) + ": GPUs are counted from 0");
-        engine.loaded_ = loaded_from_file(path, device);
+        if (options.device < 0) {
+            refuse(Code::kUsage, "device " + std::to_string(options.device) + ": GPUs are counted from 0");
+        }
+        if (!RuntimeCache::kIsKept && is_named(options.runtime_cache)) {
+            refuse(Code::kUsage, std::string(options.runtime_cache) +
+                                     ": full TensorRT compiles no kernels at run time, so "
+                                     "it keeps no runtime cache; load without one");
+        }
+        engine.loaded_ = loaded_from_file(path, options);
     });
+}
+
+Status Engine::save_runtime_cache() const noexcept {
+    return guarded([this] {
+        Logger::forget();
+        if (loaded_ == nullptr) refuse(Code::kUsage, "the engine is not loaded");
+        const Selected current(loaded_->device);
+        const std::lock_guard<std::shared_mutex> alone(loaded_->kernels);
+        loaded_->cache.save();
+    });
+}
+
+const char* Engine::runtime_cache_refusal() const noexcept {
+    return loaded_ == nullptr ? "" : loaded_->cache.refusal();
 }
 
 const Description& Engine::description() const noexcept {

@@ -1,7 +1,7 @@
 // Engines of RepVGG in C++17, for servers: checked before they are loaded, then run without an allocation per call.
 //
 //     repvgg::Engine engine;                                  // shared by all threads
-//     repvgg::Status status = repvgg::Engine::load("model.fp16.engine", 0, engine);
+//     repvgg::Status status = repvgg::Engine::load("model.fp16.engine", {}, engine);
 //     repvgg::Context context;                                // one for each thread
 //     if (status.ok()) status = repvgg::Context::create(engine, {}, context);
 //     if (status.ok()) status = context.infer(images, scores, 8);
@@ -38,18 +38,19 @@ enum class Code : int {
     kHostMemory = 5,          // memory of the machine did not suffice
     kDeviceMemory = 6,        // memory of the GPU did not suffice
     kInternal = 7,            // a defect of this library
+    kOutput = 8,              // a file cannot be written
 };
 
 // A code and one line: what, where, what to do. Never allocates.
 class [[nodiscard]] Status {
   public:
     Status() noexcept = default;
-    Status(Code code, const char* message) noexcept;
+    Status(Code code, const char* message) noexcept;  // no message stands for an empty one
 
     bool ok() const noexcept { return code_ == Code::kOk; }
     Code code() const noexcept { return code_; }
     const char* message() const noexcept { return message_; }
-    int exit_code() const noexcept;  // kHostMemory ends a program with 3, kDeviceMemory and kInternal with 4
+    int exit_code() const noexcept;  // kHostMemory ends a program with 3, kDeviceMemory and kInternal 4, kOutput 5
 
   private:
     Code code_ = Code::kOk;
@@ -81,17 +82,37 @@ struct LoadedEngine;
 struct Running;
 }  // namespace internal
 
+// How an engine is loaded.
+//
+// TensorRT for RTX compiles kernels for the card when a batch size is run for the first time, which takes seconds at
+// each start of a server. Where `runtime_cache` names a file, the kernels in it are used in place of compiling them,
+// and Engine::save_runtime_cache() writes those that are compiled by then. A file that is not there, damaged, or of
+// another engine, version, card or driver is passed over. It is the file that Python keeps as <engine>.sm86.cache, and
+// native code like the engine: whoever can write the one must be trusted as much as whoever can write the other.
+struct LoadOptions {
+    int device = 0;                       // index of the GPU
+    const char* runtime_cache = nullptr;  // null or "" for none, which is all that full TensorRT takes
+};
+
 // A loaded engine: immutable, so every thread may use it at once. Copies are handles of the same one; the last that
 // goes, among them those inside of contexts, frees it.
 class Engine {
   public:
     Engine() noexcept = default;
 
-    // Checks, reads and deserializes `path` on the GPU of index `device`. `engine` is untouched unless it succeeds.
-    static Status load(const char* path, int device, Engine& engine) noexcept;
+    // Checks, reads and deserializes `path`. `engine` is untouched unless it succeeds.
+    static Status load(const char* path, const LoadOptions& options, Engine& engine) noexcept;
+
+    // Writes the kernels that are compiled by now into the runtime cache, unless they are those that it had: whole, or
+    // not at all. Call it once the batch sizes that matter have run; other threads may go on meanwhile, and wait only
+    // to compile. Where it fails, serving may go on.
+    Status save_runtime_cache() const noexcept;
+
+    // Why the runtime cache that was named is of no use, in one line; "" where it is in use, or none was named.
+    const char* runtime_cache_refusal() const noexcept;
 
     explicit operator bool() const noexcept { return loaded_ != nullptr; }
-    const Description& description() const noexcept;  // an empty one before load
+    const Description& description() const noexcept;  // lives as long as the engine; an empty one before load
     int device() const noexcept;
 
   private:
@@ -108,7 +129,7 @@ struct ContextOptions {
     bool timing = false;  // lets times() know what the GPU did
 };
 
-// Where an output goes: `values` has room for batch * output_values(name) floats.
+// Where an output goes: `values` has room for batch * output_values(name) floats, apart from the images.
 struct Output {
     const char* name;
     float* values;

@@ -32,16 +32,18 @@ using repvgg::program::formatted;
 using repvgg::program::require;
 
 constexpr const char* kUsageText =
-    "usage: repvgg_verify ENGINE GOLDEN [--device N]\n"
+    "usage: repvgg_verify ENGINE GOLDEN [--device N] [--runtime-cache FILE]\n"
     "\n"
     "Checks an engine against its sidecar, runs the golden vectors and holds the answers to the gate of its "
     "precision.\n"
-    "GOLDEN is the golden.bin that python -m engines golden DIR writes; N is the GPU, 0 by default.\n"
+    "GOLDEN is the golden.bin that python -m engines golden DIR writes; N is the GPU, 0 by default. FILE keeps the "
+    "kernels\n"
+    "that TensorRT for RTX compiles; it is written where every check holds.\n"
     "\n"
     "exit codes: 0 verified; 1 a check failed; 2 usage; 3 a file cannot be used; 4 a needed SDK or GPU is missing\n";
 
 struct Arguments {
-    std::string engine, golden;
+    std::string engine, golden, runtime_cache;
     int device = 0;
     bool help = false;
 };
@@ -57,6 +59,9 @@ Arguments arguments_from(int count, char** texts) {
             const std::string value = i + 1 < count ? texts[++i] : "";
             arguments.device =
                 repvgg::program::whole_number(text, value, 0, repvgg::program::kLastDevice, "repvgg_verify");
+        } else if (text == "--runtime-cache") {
+            arguments.runtime_cache = i + 1 < count ? texts[++i] : "";
+            if (arguments.runtime_cache.empty()) fail(Code::kUsage, text + ": give a file; see repvgg_verify --help");
         } else if (text.compare(0, 1, "-") == 0) {
             fail(Code::kUsage, text + ": no such option; see repvgg_verify --help");
         } else {
@@ -555,7 +560,8 @@ std::string text_of_integrity(const repvgg::Description& description) {
 void verify(const Arguments& arguments) {
     const Golden golden = golden_from_file(arguments.golden);
     repvgg::Engine engine;
-    require(repvgg::Engine::load(arguments.engine.c_str(), arguments.device, engine));
+    const repvgg::LoadOptions options = {arguments.device, arguments.runtime_cache.c_str()};
+    require(repvgg::Engine::load(arguments.engine.c_str(), options, engine));
     const Gate gate = gate_for(golden, engine.description(), arguments.golden);
     Checks checks;
     checks.add(true, "integrity", text_of_integrity(engine.description()));
@@ -571,6 +577,8 @@ void verify(const Arguments& arguments) {
         Verification(golden, engine, gate).run(checks);
     }
     checks.finish();
+    if (arguments.runtime_cache.empty()) return;
+    std::printf("runtime cache: %s\n", repvgg::program::runtime_cache_kept(engine).c_str());
 }
 
 }  // namespace

@@ -13,8 +13,11 @@
 //     uncapturable                       the work cannot be recorded
 //     jitter FRACTION                    computations take in turn so much more and less
 //
-// Environment: STUB_DEVICES (1), STUB_CARD (86), STUB_VERSION, STUB_FAIL_CALL. A process that leaks, or did what a real
-// GPU would punish, says so on stderr at its end and exits with 86.
+// TensorRT for RTX compiles a kernel when a context runs a shape for the first time, unless the runtime cache has it. A
+// serialized cache is a line with the version and driver, then a line for each kernel.
+//
+// Environment: STUB_DEVICES (1), STUB_CARD (86), STUB_VERSION, STUB_DRIVER (1), STUB_FAIL_CALL. A process that leaks,
+// or did what a real GPU would punish, says so on stderr at its end and exits with 86.
 #include "stub.h"
 
 #include <NvInfer.h>
@@ -32,6 +35,7 @@
 #include <locale>
 #include <map>
 #include <mutex>
+#include <set>
 #include <sstream>
 #include <string>
 #include <thread>
@@ -64,7 +68,7 @@ class Counter {
     std::atomic<long> number_{0};
 };
 
-Counter live_count, violation_count, call_count, failing_call, fails_forever, failure_happened;
+Counter live_count, violation_count, call_count, failing_call, fails_forever, failure_happened, compiled_count;
 
 void violated(const char* what) {
     ++violation_count;
@@ -492,8 +496,89 @@ void compute(const OutputOfStub& output, const float* images, const Dims& shape,
     if (output.has("nan")) answers[rows * width - 1] = std::nanf("");
 }
 
+int32_t version_part(std::size_t index) {
+    const char* said = std::getenv("STUB_VERSION");
+    std::array<int, 4> parts = {NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, NV_TENSORRT_BUILD};
+    if (said != nullptr) std::sscanf(said, "%d.%d.%d.%d", &parts[0], &parts[1], &parts[2], &parts[3]);
+    return parts[index];
+}
+
+#ifdef TRT_MAJOR_RTX
+class StubMemory final : public nvinfer1::IHostMemory, Counted {
+  public:
+    explicit StubMemory(std::string content) : content_(std::move(content)) {}
+    void* data() const noexcept override { return const_cast<char*>(content_.data()); }
+    std::size_t size() const noexcept override { return content_.size(); }
+
+  private:
+    std::string content_;
+};
+
+// Contexts of several threads may put kernels into it at once; whether it may be serialized meanwhile nobody says.
+class StubCache final : public nvinfer1::IRuntimeCache, Counted {
+  public:
+    explicit StubCache(nvinfer1::ILogger* logger) : logger_(logger) {}
+    ~StubCache() noexcept override {
+        if (users_ != 0) violated("a runtime cache was destroyed before what uses it");
+    }
+
+    nvinfer1::IHostMemory* serialize() const noexcept override {
+        const Inside inside;
+        if (refused(logger_, "planted in serialize")) return nullptr;
+        if (compiling_ != 0) violated("a runtime cache was serialized while kernels were compiled");
+        std::string content = environment();
+        for (const std::string& kernel : kernels_) content += kernel + "\n";
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        if (compiling_ != 0) violated("kernels were compiled while a runtime cache was serialized");
+        return new StubMemory(content);
+    }
+
+    bool deserialize(void const* blob, size_t size) noexcept override {
+        const Inside inside;
+        if (refused(logger_, "planted in deserialize")) return false;
+        std::istringstream text(std::string(static_cast<const char*>(blob), size));
+        std::string line;
+        if (!std::getline(text, line) || line + "\n" != environment()) {
+            logger_->log(nvinfer1::ILogger::Severity::kERROR, "the cache is of another environment");
+            last_error = cudaErrorInvalidValue;
+            return false;
+        }
+        while (std::getline(text, line)) kernels_.insert(line);
+        return true;
+    }
+
+    // Whether it had the kernel already.
+    bool take(const std::string& kernel) {
+        be_busy();
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return !kernels_.insert(kernel).second;
+    }
+
+    // As while something is compiled into it.
+    void be_busy() {
+        ++compiling_;
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+        --compiling_;
+    }
+
+    mutable Counter users_;  // configurations and contexts
+
+  private:
+    static std::string environment() {
+        return "stub kernels " + std::to_string(version_part(3)) + " " +
+               std::to_string(number_from_environment("STUB_DRIVER", 1)) + "\n";
+    }
+
+    nvinfer1::ILogger* logger_;
+    std::mutex mutex_;
+    std::set<std::string> kernels_;
+    Counter compiling_;
+};
+#endif
+
 class StubConfig final : public nvinfer1::IRuntimeConfig, Counted {
   public:
+    explicit StubConfig(nvinfer1::ILogger* logger) : logger_(logger) {}
     void setExecutionContextAllocationStrategy(nvinfer1::ExecutionContextAllocationStrategy given) noexcept override {
         user_managed = given == nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
     }
@@ -502,11 +587,33 @@ class StubConfig final : public nvinfer1::IRuntimeConfig, Counted {
         nvinfer1::DynamicShapesKernelSpecializationStrategy given) noexcept override {
         eager = given == nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER;
     }
+
+    nvinfer1::IRuntimeCache* createRuntimeCache() const noexcept override {
+        const Inside inside;
+        return refused(logger_, "planted in createRuntimeCache") ? nullptr : new StubCache(logger_);
+    }
+
+    bool setRuntimeCache(nvinfer1::IRuntimeCache const& given) noexcept override {
+        const Inside inside;
+        if (refused(logger_, "planted in setRuntimeCache")) return false;
+        cache = const_cast<StubCache*>(static_cast<const StubCache*>(&given));
+        ++cache->users_;
+        return true;
+    }
+
+    ~StubConfig() noexcept override {
+        if (cache != nullptr) --cache->users_;
+    }
+
+    StubCache* cache = nullptr;
     bool eager = false;
 #else
     bool eager = true;
 #endif
     bool user_managed = false;
+
+  private:
+    nvinfer1::ILogger* logger_;
 };
 
 // Complains where two threads are in one at once, and stays long enough to meet another.
@@ -526,12 +633,23 @@ class OneAtATime {
 
 class StubContext final : public nvinfer1::IExecutionContext, Counted {
   public:
-    StubContext(const Network& network, nvinfer1::ILogger* logger, std::atomic<long>& contexts,
-                std::atomic<bool>& changing)
+    StubContext(const Network& network, const StubConfig& config, nvinfer1::ILogger* logger,
+                std::atomic<long>& contexts, std::atomic<bool>& changing)
         : network_(network), logger_(logger), contexts_(contexts), changing_(changing) {
         ++contexts_;
+#ifdef TRT_MAJOR_RTX
+        cache_ = config.cache;
+        if (cache_ == nullptr) return;
+        ++cache_->users_;
+        cache_->be_busy();
+#else
+        static_cast<void>(config);
+#endif
     }
     ~StubContext() noexcept override {
+#ifdef TRT_MAJOR_RTX
+        if (cache_ != nullptr) --cache_->users_;
+#endif
         if (queued_ != 0) violated("a context was destroyed before its work was done");
         const OneAtATime turn(changing_);
         --contexts_;
@@ -584,6 +702,7 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
             stream->broken = true;  // a new shape makes a real context do what cannot be recorded
             return network_.capturable;
         }
+        if (std::memcmp(&settled_, &shape_, sizeof(Dims)) != 0) compile();
         settled_ = shape_;
         const int counted = stream->capturing ? 0 : 1;
         queued_ += counted;
@@ -599,6 +718,16 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
 #endif
 
   private:
+    // The kernels for `shape_`, unless they were compiled before.
+    void compile() {
+#ifdef TRT_MAJOR_RTX
+        std::string kernel = "kernel";
+        for (int i = 0; i < shape_.nbDims; ++i) kernel += " " + std::to_string(shape_.d[i]);
+        if (cache_ != nullptr && cache_->take(kernel)) return;
+#endif
+        ++compiled_count;
+    }
+
     void work(CUstream_st& on, const Dims& shape, const std::map<std::string, float*>& addresses) const {
         const float* images = addresses.at(network_.input);
         bool fits = is_in_block(images, 4 * volume(shape), Place::kDevice);
@@ -623,6 +752,9 @@ class StubContext final : public nvinfer1::IExecutionContext, Counted {
     Dims shape_{}, settled_{};
     std::map<std::string, float*> addresses_;
     void* activations_ = nullptr;
+#ifdef TRT_MAJOR_RTX
+    StubCache* cache_ = nullptr;
+#endif
 };
 
 class StubEngine final : public nvinfer1::ICudaEngine, Counted {
@@ -656,7 +788,7 @@ class StubEngine final : public nvinfer1::ICudaEngine, Counted {
 
     nvinfer1::IRuntimeConfig* createRuntimeConfig() noexcept override {
         const Inside inside;
-        return refused(logger_, "planted in createRuntimeConfig") ? nullptr : new StubConfig;
+        return refused(logger_, "planted in createRuntimeConfig") ? nullptr : new StubConfig(logger_);
     }
 
     nvinfer1::IExecutionContext* createExecutionContext(nvinfer1::IRuntimeConfig* runtimeConfig) noexcept override {
@@ -665,7 +797,7 @@ class StubEngine final : public nvinfer1::ICudaEngine, Counted {
         if (!config->eager || !config->user_managed) violated("a context was made with another configuration");
         const OneAtATime turn(changing_);
         if (refused(logger_, "planted in createExecutionContext", cudaErrorMemoryAllocation)) return nullptr;
-        return new StubContext(network_, logger_, contexts_, changing_);
+        return new StubContext(network_, *config, logger_, contexts_, changing_);
     }
 
   private:
@@ -699,13 +831,6 @@ class StubRuntime final : public nvinfer1::IRuntime, Counted {
     nvinfer1::ILogger* logger_;
 };
 
-int32_t version_part(std::size_t index) {
-    const char* said = std::getenv("STUB_VERSION");
-    std::array<int, 4> parts = {NV_TENSORRT_MAJOR, NV_TENSORRT_MINOR, NV_TENSORRT_PATCH, NV_TENSORRT_BUILD};
-    if (said != nullptr) std::sscanf(said, "%d.%d.%d.%d", &parts[0], &parts[1], &parts[2], &parts[3]);
-    return parts[index];
-}
-
 }  // namespace
 
 extern "C" {
@@ -730,6 +855,7 @@ namespace stub {
 void fail_call(long number, bool forever) {
     call_count = 0;
     failure_happened = 0;
+    compiled_count = 0;
     fails_forever = forever ? 1 : 0;
     failing_call = number;
 }
@@ -738,5 +864,6 @@ bool has_failed() { return failure_happened != 0; }
 long calls() { return call_count; }
 long live() { return live_count; }
 long violations() { return violation_count; }
+long compiled() { return compiled_count; }
 
 }  // namespace stub

@@ -138,6 +138,13 @@ def test_a_name_that_json_escapes(programs, tmp_path):
     assert record["engine"] == str(engine)
 
 
+def test_a_name_that_is_not_utf_8(programs, tmp_path):
+    (folder := tmp_path / "a\udcff\udcc3é").mkdir()
+    engine = write_engine(folder)
+    record = record_of(run(programs / "repvgg_bench", engine, "--duration", "0.01", "--json"))
+    assert record["engine"] == str(tmp_path / "a??é" / engine.name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -20,8 +20,19 @@ target_link_libraries(server PRIVATE repvgg::engine)
 
 
 def readme_example() -> str:
-    (example,) = re.findall(r"```cpp\n(.*?)```", (CPP / "README.md").read_text(), re.DOTALL)
-    return str(example)
+    return readme_examples()[0]
+
+
+def readme_examples() -> list[str]:
+    """A whole server, and what it adds to keep the runtime cache."""
+    return re.findall(r"```cpp\n(.*?)```", (CPP / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_table_of_contents_is_that_of_the_sections():
+    source = (CPP / "repvgg_engine.cpp").read_text()
+    contents = re.findall(r"^//     (\S.*?)  +\S", source, re.MULTILINE)
+    assert contents == re.findall(r"^// -{20,} (.+)$", source, re.MULTILINE)
+    assert len(contents) == 12
 
 
 def cmake(*arguments: object, **environment: object):
@@ -46,14 +57,43 @@ def test_without_an_sdk_nothing_is_built(tmp_path, arguments, said):
 @pytest.mark.usefixtures("needs_cmake")
 def test_an_sdk_without_its_library(tmp_path):
     """The headers of TensorRT for RTX want its own library, whatever other lies there."""
-    for name in ("include", "lib"):
-        (tmp_path / "sdk" / name).mkdir(parents=True)
-    (tmp_path / "sdk/lib/libnvinfer.so").touch()
-    (tmp_path / "sdk/include/NvInfer.h").touch()
-    (tmp_path / "sdk/include/NvInferVersion.h").write_text("#define TRT_MAJOR_RTX 1\n")
-    done = cmake("-S", CPP, "-B", tmp_path / "build", f"-DTENSORRT_ROOT={tmp_path / 'sdk'}")
+    sdk, _, library = write_sdk(tmp_path / "sdk", "tensorrt_rtx")
+    library.rename(library.with_name("libnvinfer.so"))
+    done = cmake("-S", CPP, "-B", tmp_path / "build", f"-DTENSORRT_ROOT={sdk}")
     assert done.returncode != 0
     assert "has no libtensorrt_rtx: give -DTENSORRT_LIBRARY" in " ".join(done.stderr.split())
+
+
+def write_sdk(root, name, architecture=""):
+    """What CMake looks for in an SDK."""
+    include, lib = (root / folder / architecture for folder in ("include", "lib"))
+    include.mkdir(parents=True)
+    lib.mkdir(parents=True)
+    (include / "NvInfer.h").touch()
+    (include / "NvInferVersion.h").write_text("#define TRT_MAJOR_RTX 1\n" if name == "tensorrt_rtx" else "")
+    (lib / f"lib{name}.so").touch()
+    return root, include, lib / f"lib{name}.so"
+
+
+@pytest.mark.usefixtures("needs_cmake")
+def test_the_sdk_is_looked_for_in_the_root_of_now(tmp_path):
+    """Also where a distribution puts it; and nothing of an earlier root is used together with another."""
+    fake = tmp_path / "cmake"
+    fake.mkdir()
+    (fake / "FindCUDAToolkit.cmake").write_text(
+        'if(NOT TARGET CUDA::cudart)\n  add_library(CUDA::cudart INTERFACE IMPORTED)\nendif()\nmessage(STATUS "with '
+        '${found_headers} and ${TENSORRT_LIBRARY}.")\n'
+    )
+    architecture = run("g++", "-print-multiarch").stdout.strip()
+    roots = [
+        write_sdk(tmp_path / "first", "tensorrt_rtx"),
+        write_sdk(tmp_path / "second", "nvinfer"),
+        write_sdk(tmp_path / "usr", "tensorrt_rtx", architecture),
+    ]
+    for root, include, library in [*roots, roots[0]]:
+        done = cmake("-S", CPP, "-B", tmp_path / "build", f"-DTENSORRT_ROOT={root}", f"-DCMAKE_MODULE_PATH={fake}")
+        assert done.returncode == 0, done.stderr
+        assert f"with {include} and {library}." in done.stdout
 
 
 def test_what_is_installed(installed):
@@ -84,7 +124,10 @@ def test_a_server_as_the_readme_has_it(installed, tmp_path):
 @pytest.mark.usefixtures("needs_gxx")
 def test_the_header_needs_no_sdk(tmp_path):
     source = tmp_path / "server.cpp"
-    source.write_text(readme_example())
+    whole, caching = readme_examples()
+    source.write_text(
+        f"{whole}\nvoid serve(repvgg::Engine& engine);\nvoid serve(repvgg::Engine& engine) {{\n{caching}}}\n"
+    )
     done = run("g++", "-std=c++17", "-fsyntax-only", *WARNINGS, f"-I{CPP}", source)
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -138,9 +138,23 @@ def test_wrong_calls(probe, tmp_path):
         ["2", "no memory for images or answers is given"],
         ["2", "a batch of 0; give at least one image"],
         ["2", "a batch of -5; give at least one image"],
+        ["2", "output: is asked for twice"],
+        ["2", "no runtime cache was named when the engine was loaded"],
+        ["2", "the engine is not loaded"],
+        ["7", ""],
         ["0", ""],
         ["0", ""],
+        ["2", "the context is not created"],
     ]
+
+
+def test_times_are_those_of_the_last_call_that_succeeded(probe, tmp_path):
+    milliseconds = 10 * 0.5  # of nine images, in parts of 4, 4 and 2
+    assert probe("times", write_engine(tmp_path)) == f"{milliseconds / 1000:g} 12\n"
+
+
+def test_two_devices_and_a_thread_on_a_third(probe, tmp_path):
+    assert probe("devices", write_engine(tmp_path, Network(features=True)), STUB_DEVICES=3) == "two devices agree\n"
 
 
 def test_sha256_at_every_length_around_the_blocks(probe, tmp_path):

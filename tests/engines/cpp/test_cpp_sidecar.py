@@ -76,6 +76,12 @@ def sound(network=None):
     return manifest_of(network, engine_content(network), "first.engine").to_json().encode()
 
 
+def with_mean(text, mean, said):
+    value = json.loads(text)
+    value["preprocessing"]["mean"], value["assumptions"]["mean"] = mean, said
+    return json.dumps(value).encode()
+
+
 def assert_same(texts, found):
     assert len(found) == len(texts)
     for text, (taken, code, said) in zip(texts, found, strict=True):
@@ -174,6 +180,9 @@ def test_bytes_that_are_changed_added_and_lost(judged):
         lambda text: text.replace(b'"golden.npz"', b'"../golden.npz"'),
         lambda text: text.replace(b'"0.5,0.5,0.5"', b'"0.5,0.5,0.25"'),
         lambda text: text.replace(b'"0.5,0.5,0.5"', b'"0.5,0.5"'),
+        lambda text: text.replace(b'"0.5,0.5,0.5"', b'"0.5,0.50,0.5"'),
+        lambda text: text.replace(b'"0.5,0.5,0.5"', b'"0.5, 0.5,0.5"'),
+        lambda text: text.replace(b'"0.5,0.5,0.5"', b'"5e-1,0.5,0.5"'),
         lambda text: text.replace(b'"size": "4x4"', b'"size": "5x4"'),
         lambda text: text.replace(b'"problems": []', b'"problems": ["one"]'),
         lambda _: b"[" * 200_000,
@@ -201,6 +210,8 @@ def test_what_is_not_json_or_not_a_sidecar(judged, change):
         lambda text: json.dumps(json.loads(text), indent="\t", sort_keys=True).encode() + b"\r\n ",
         lambda text: text.replace(b'"line": "not audited"', b'"line": "x", "more": [{"deep": [null, 1e9, {}]}]'),
         lambda text: text.replace(b'"0.5,0.5,0.5"', b'"0.5,\\u0030.5,0.5"'),
+        lambda text: with_mean(text, [0.485, 0.1234567, 0.1 + 0.2], "0.485,0.1234567,0.30000000000000004"),
+        lambda text: with_mean(text, [1e6, -1e-7, 0], "1e+06,-1e-07,0"),
     ],
 )
 def test_what_is_written_otherwise_is_the_same(judged, change):

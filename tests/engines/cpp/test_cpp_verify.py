@@ -293,7 +293,7 @@ def test_usage(programs, arguments, said):
 def test_help(programs):
     done = run(programs / "repvgg_verify", "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: repvgg_verify ENGINE GOLDEN [--device N]\n")
+    assert done.stdout.startswith("usage: repvgg_verify ENGINE GOLDEN [--device N] [--runtime-cache FILE]\n")
 
 
 def test_a_full_disk_on_standard_output(programs, tmp_path):

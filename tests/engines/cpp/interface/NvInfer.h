@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #ifdef STUB_FULL_TENSORRT
@@ -62,6 +63,20 @@ class INoCopy {
 
 #ifdef TRT_MAJOR_RTX
 enum class DynamicShapesKernelSpecializationStrategy : int32_t { kLAZY = 0, kEAGER = 1, kNONE = 2 };
+
+class IHostMemory : public INoCopy {
+  public:
+    ~IHostMemory() noexcept override = default;
+    virtual void* data() const noexcept = 0;
+    virtual std::size_t size() const noexcept = 0;
+};
+
+class IRuntimeCache : public INoCopy {
+  public:
+    ~IRuntimeCache() noexcept override = default;
+    virtual IHostMemory* serialize() const noexcept = 0;
+    virtual bool deserialize(void const* blob, size_t size) noexcept = 0;
+};
 #endif
 
 class IRuntimeConfig : public INoCopy {
@@ -71,6 +86,8 @@ class IRuntimeConfig : public INoCopy {
 #ifdef TRT_MAJOR_RTX
     virtual void setDynamicShapesKernelSpecializationStrategy(
         DynamicShapesKernelSpecializationStrategy strategy) noexcept = 0;
+    virtual IRuntimeCache* createRuntimeCache() const noexcept = 0;
+    virtual bool setRuntimeCache(IRuntimeCache const& cache) noexcept = 0;
 #endif
 };
 
