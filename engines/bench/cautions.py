@@ -14,6 +14,7 @@ from engines.bench.workload import Workload
 from engines.errors import InputRejected
 from engines.kind import ONNX
 from engines.onnx_file import onnx_file_from_path
+from engines.sizes import Size, text_of_size
 from engines.timing import COMPUTE, D2H, H2D
 
 
@@ -30,6 +31,16 @@ def warnings_of_files(
         if workload.problem is not None:
             found.append(f"{name}: no bound is known: {workload.problem}")
     return found
+
+
+def warnings_of_sizes(names: Sequence[str], sizes: Sequence[Size]) -> list[str]:
+    """Of files that compute images of another size than the first, which speed-ups are against."""
+    first = text_of_size(sizes[0])
+    return [
+        f"{name}: computes images of {text_of_size(size)}, and {names[0]} of {first}: speed-ups are not at equal work"
+        for name, size in zip(names, sizes, strict=True)
+        if size != sizes[0]
+    ]
 
 
 def has_weights_elsewhere(path: pathlib.Path) -> bool:

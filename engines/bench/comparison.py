@@ -18,7 +18,7 @@ import pathlib
 import time
 from collections.abc import Callable, Sequence
 
-from engines.bench.cautions import warnings_of_files, warnings_of_left_out, warnings_of_row
+from engines.bench.cautions import warnings_of_files, warnings_of_left_out, warnings_of_row, warnings_of_sizes
 from engines.bench.contenders import Contender, Way, opened_contenders
 from engines.bench.device import Device, device_of
 from engines.bench.machine import machine, versions
@@ -71,7 +71,8 @@ def bench(
     with opened_contenders(list(paths), options, clock) as contenders, contextlib.ExitStack() as resources:
         batches = batches_of(contenders, options)
         device = device_of(contenders, options, resources)
-        workloads = [workload_of(contender.path, contender.size(options.size)) for contender in contenders]
+        sizes = [contender.size(options.size) for contender in contenders]
+        workloads = [workload_of(contender.path, size) for contender, size in zip(contenders, sizes, strict=True)]
         parities: list[list[Parity]] = [[] for _ in contenders]
         rows: list[Row] = []
         for batch in batches:
@@ -92,6 +93,7 @@ def bench(
             settings=settings_of(
                 options,
                 batches,
+                sizes,
                 with_onnx=any(contender.kind == ONNX for contender in contenders),
                 with_gpu=device is not None,
             ),
@@ -99,6 +101,7 @@ def bench(
             rows=tuple(with_speed_ups(rows, files)),
             warnings=(
                 *warnings_of_files(contenders, names, options, workloads),
+                *warnings_of_sizes(names, sizes),
                 *([device.problem] if device is not None and device.problem is not None else []),
                 *warnings_of_left_out(contenders, names, rows),
                 *(warning for row in rows for warning in warnings_of_row(row)),

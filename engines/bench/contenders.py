@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -153,7 +154,9 @@ class Contender:
         try:
             runner = Runner(self.backend, title=str(self.path))
             return self.parity(answers_to_golden(runner, self.golden), list(range(len(self.golden.images))))
-        except (InputRejected, UsageError) as error:
+        except UsageError as error:
+            return Parity(passed=False, detail=f"the images of its {GOLDEN_NAME} do not fit: {error}")
+        except InputRejected as error:
             return Parity(passed=False, detail=str(error).removeprefix(f"{self.path}: "))
 
     def size(self, asked: Size | None) -> Size:
@@ -186,7 +189,8 @@ def opened_contenders(paths: list[pathlib.Path], options: Options, clock: Clock)
 
     Raises:
         UsageError: settings of ONNX Runtime, and no ONNX file.
-        InputRejected: a file cannot be run, or takes something else than images.
+        InputRejected: a file cannot be run, or takes something else than images; or there are golden vectors beside it
+            that cannot be read, or cannot tell a wrong answer.
         SdkMissing: what it runs on is not here.
     """
     if all(kind_of_file(path) != ONNX for path in paths):
@@ -241,9 +245,5 @@ def _gate(path: pathlib.Path, precision: str, manifest: Manifest | None) -> Gate
 
 
 def _golden(path: pathlib.Path) -> Golden | str:
-    if not path.is_file():
-        return f"there is no {path.name} beside it"
-    try:
-        return telling_golden(path)
-    except InputRejected as error:
-        return str(error).removeprefix(f"{path}: ")
+    """The vectors; none are no reason not to measure, but those that nothing can be told by are an error."""
+    return telling_golden(path) if os.path.lexists(path) else f"there is no {path.name} beside it"

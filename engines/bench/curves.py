@@ -1,67 +1,47 @@
-"""What a bench record's JSON value says of images/s and latency against batch, as curves; how to call their files."""
+"""A record's images/s and latency against batch, as curves; and how to call their files."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from engines.json_value import Value
+from engines.bench.record import Row
+from engines.bench.statistics import PERCENTILES, Estimate
+from engines.markdown_text import LARGEST_CELL
 
-PERCENTILES = ("p99", "p95", "p90", "p50")
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A figure at a batch, and its interval."""
-
-    batch: int
-    value: float
-    low: float
-    high: float
+LEFT_OUT = "..."
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The points of one file, run in one way, by batch."""
+    """One file, run in one way: its figures by batch, from the smallest up."""
 
     file: str
     way: str
-    points: tuple[Point, ...]
+    estimates: Mapping[int, Estimate]
 
 
-def throughput_curves(record: Mapping[str, Any]) -> tuple[Curve, ...]:
-    """Images per second.
-
-    Raises:
-        Malformed: not a bench record.
-    """
-    return _curves([(row, row.field("images_per_second")) for row in _rows(record)])
+def throughput_curves(rows: Sequence[Row]) -> tuple[Curve, ...]:
+    """Images per second."""
+    return _curves([(row, row.images_per_second) for row in rows])
 
 
-def latency_curves(record: Mapping[str, Any]) -> tuple[str, tuple[Curve, ...]]:
-    """The highest percentile that every row has, as in "p99", and the latencies in ms.
-
-    The name is empty, and there is no curve, where the rows have none in common.
-
-    Raises:
-        Malformed: not a bench record.
-    """
-    rows = [(row, row.field("latency_ms").items()) for row in _rows(record)]
-    for name in PERCENTILES:
-        found = [(row, percentiles[name]) for row, percentiles in rows if name in percentiles]
-        if len(found) == len(rows) and all(estimate.value is not None for _, estimate in found):
-            return name, _curves(found)
-    return "", ()
+def latency_curves(rows: Sequence[Row]) -> tuple[int | None, tuple[Curve, ...]]:
+    """The highest percentile that every row has, and the latencies in ms; None, and no curve, where there is none."""
+    for percent in reversed(PERCENTILES):
+        found = [(row, latency) for row in rows if (latency := row.latency_ms[percent]) is not None]
+        if len(found) == len(rows):
+            return percent, _curves(found)
+    return None, ()
 
 
-def short_names(files: Sequence[str]) -> dict[str, str]:
+def short_names(files: Sequence[str], longest: int = LARGEST_CELL) -> dict[str, str]:
     """A name to show for each file: without directories, which are nobody's business, and with a number if it must be.
 
-    Files that have one name are numbered in their order.
+    Files that have one name are numbered in their order. Of more than ``longest`` characters the middle is left out.
     """
-    names = {file: plain_line(pathlib.PureWindowsPath(file).name) for file in files}
+    names = {file: _shortened(plain_line(pathlib.PureWindowsPath(file).name), longest) for file in files}
     shared = [name for name in names.values() if list(names.values()).count(name) > 1]
     counts = dict.fromkeys(shared, 0)
     for file, name in names.items():
@@ -76,18 +56,14 @@ def plain_line(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
-def _rows(record: Mapping[str, Any]) -> list[Value]:
-    return Value(dict(record)).field("rows").entries()
+def _shortened(name: str, longest: int) -> str:
+    end = (longest - len(LEFT_OUT)) // 2
+    return name if len(name) <= longest else f"{name[:end]}{LEFT_OUT}{name[-end:]}"
 
 
-def _curves(estimates: Sequence[tuple[Value, Value]]) -> tuple[Curve, ...]:
-    """Rows of the record, each with the estimate to draw, as curves in the order in which they begin."""
-    found: dict[tuple[str, str], list[Point]] = {}
-    for row, estimate in estimates:
-        batch = row.field("batch").whole_number(least=1)
-        value, low, high = (estimate.field(name).number() for name in ("value", "low", "high"))
-        key = row.field("file").text(), row.field("way").text()
-        found.setdefault(key, []).append(Point(batch, value, low, high))
-    return tuple(
-        Curve(file, way, tuple(sorted(points, key=lambda point: point.batch))) for (file, way), points in found.items()
-    )
+def _curves(figures: Sequence[tuple[Row, Estimate]]) -> tuple[Curve, ...]:
+    """Rows, each with the figure to draw, as curves in the order in which they begin."""
+    found: dict[tuple[str, str], dict[int, Estimate]] = {}
+    for row, estimate in figures:
+        found.setdefault((row.file, row.way), {})[row.batch] = estimate
+    return tuple(Curve(file, way, dict(sorted(estimates.items()))) for (file, way), estimates in found.items())

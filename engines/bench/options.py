@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engines.arguments import LARGEST_BATCH
 from engines.backends.onnx_runtime import check_provider
@@ -22,7 +22,7 @@ ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CU
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A setting with its ``source``: a flag, "default", "file", or whose choice it was."""
+    """A setting with its ``source``: a flag, "default", "environment", a file, or whose choice it was."""
 
     name: str
     value: str
@@ -68,6 +68,7 @@ def check_options(options: Options) -> None:
 def settings_of(
     options: Options,
     batches: tuple[int, ...],
+    sizes: Sequence[Size] = (),
     *,
     with_onnx: bool,
     with_gpu: bool = True,
@@ -78,6 +79,7 @@ def settings_of(
     Args:
         options: as asked for.
         batches: that were measured.
+        sizes: of each file's images; none leaves them out.
         with_onnx: ONNX files are among the files, so that ONNX Runtime's settings matter.
         with_gpu: something is computed on a GPU, so that it matters which.
         environment: variables of the process.
@@ -88,8 +90,9 @@ def settings_of(
     ]
     if with_gpu:
         found.append(Setting("device", str(options.device), _source("--device", is_default=options.device == 0)))
-    if options.size is not None:
-        found.append(Setting("size", text_of_size(options.size), "--size"))
+    if sizes:
+        several = ", ".join(dict.fromkeys(map(text_of_size, sizes)))
+        found.append(Setting("size", several, "file, else golden.npz" if options.size is None else "--size"))
     if with_onnx:
         provider = check_provider(options.provider)
         found.append(Setting("provider", provider, _source("--provider", is_default=options.provider is None)))
@@ -98,9 +101,7 @@ def settings_of(
         elif provider == "cpu":
             found.append(Setting("threads", "its own choice", "ONNX Runtime"))
         if provider == "cpu":
-            found.append(
-                Setting("spinning threads", "not between calls, so that files leave each other the processor", "bench")
-            )
+            found.append(Setting("spinning threads", NOT_SPINNING, "bench"))
     found += [Setting(name, environment[name], "environment") for name in ENVIRONMENT if name in environment]
     return tuple(found)
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engines.bench.curves import PERCENTILES, Curve, latency_curves, plain_line, short_names, throughput_curves
+from engines.bench.curves import Curve, latency_curves, plain_line, short_names, throughput_curves
+from engines.bench.record import Record
+from engines.bench.statistics import PERCENTILES
 from engines.errors import SdkMissing, first_line
-from engines.json_value import Value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,14 +51,15 @@ MARGIN = 1.6
 """Around logarithms; its square is more than any step between 1, 2, 5 and 10."""
 LEGEND_CHARACTERS = 130
 """As many fit beside each other under the picture."""
+LONGEST_NAME = 45
+"""Of a file, in characters: with a way beside it, it leaves the panels room."""
 
 
-def svg_from_record(record: Mapping[str, Any]) -> bytes:
-    """The picture of a bench record's JSON value.
+def svg_from_record(record: Record) -> bytes:
+    """The picture.
 
     Raises:
         SdkMissing: matplotlib is not here.
-        Malformed: not a bench record.
     """
     with drawing():
         return svg_from_figure(figure_from_record(record))
@@ -91,21 +93,17 @@ def svg_from_figure(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def figure_from_record(record: Mapping[str, Any]) -> Figure:
-    """The picture, drawn but not written; inside ``drawing()``.
-
-    Raises:
-        Malformed: not a bench record.
-    """
+def figure_from_record(record: Record) -> Figure:
+    """The picture, drawn but not written; inside ``drawing()``."""
     from matplotlib.figure import Figure
 
-    throughput = throughput_curves(record)
-    percentile, latency = latency_curves(record)
-    label = "latency: too few queries" if not percentile else f"{percentile} latency, ms"
-    if percentile and percentile != PERCENTILES[0]:
-        label += f" (too few queries for {PERCENTILES[0]})"
+    throughput = throughput_curves(record.rows)
+    percentile, latency = latency_curves(record.rows)
+    label = "latency: too few queries" if percentile is None else f"p{percentile} latency, ms"
+    if percentile not in (None, PERCENTILES[-1]):
+        label += f" (too few queries for p{PERCENTILES[-1]})"
     styles = _Styles(throughput)
-    batches = sorted({point.batch for curve in throughput for point in curve.points})
+    batches = sorted({row.batch for row in record.rows})
     alone = len(batches) == 1
     figure = Figure(figsize=(WIDTH, 1.3 + 0.3 * len(throughput) if alone else 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=alone)
@@ -130,7 +128,7 @@ class _Styles:
 
     def __init__(self, curves: Sequence[Curve]) -> None:
         self.ways = list(dict.fromkeys(curve.way for curve in curves))
-        self._names = short_names([curve.file for curve in curves])
+        self._names = short_names([curve.file for curve in curves], LONGEST_NAME)
         self._files = list(self._names)
 
     def of_file(self, file: str) -> dict[str, Any]:
@@ -166,7 +164,7 @@ def _draw_curves(
     for index, curve in enumerate(curves):
         values, below, above = _columns(curve)
         drawn = axes.errorbar(
-            [point.batch for point in curve.points],
+            list(curve.estimates),
             values,
             yerr=(below, above),
             linewidth=1.3,
@@ -197,7 +195,7 @@ def _draw_lines(axes: Axes, panel: str, curves: Sequence[Curve], styles: _Styles
     if curves:
         axes.set_yticks(range(len(curves)), [styles.name(curve) for curve in curves])
         axes.set_ylim(len(curves) - 0.5, -0.7)
-        axes.set_xlim(0, 1.08 * max(point.high for curve in curves for point in curve.points) or 1)
+        axes.set_xlim(0, 1.08 * max(estimate.high for curve in curves for estimate in curve.estimates.values()) or 1)
     axes.set_title(label, loc="left", fontsize=9)
 
 
@@ -205,7 +203,8 @@ def _make_logarithmic(axes: Axes, curves: Sequence[Curve]) -> None:
     """A y axis with ticks at 1, 2, 5, 10 and so on, at least one of them in its range; not where there is a zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    ends = [end for curve in curves for point in curve.points for end in (point.low, point.high)]
+    estimates = [estimate for curve in curves for estimate in curve.estimates.values()]
+    ends = [end for estimate in estimates for end in (estimate.low, estimate.high)]
     if not ends or min(ends) <= 0:
         return
     axes.set_yscale("log")
@@ -217,18 +216,18 @@ def _make_logarithmic(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def _columns(curve: Curve) -> tuple[list[float], list[float], list[float]]:
     """Values, and how far the interval reaches below and above each."""
+    estimates = curve.estimates.values()
     return (
-        [point.value for point in curve.points],
-        [max(0.0, point.value - point.low) for point in curve.points],
-        [max(0.0, point.high - point.value) for point in curve.points],
+        [estimate.value for estimate in estimates],
+        [estimate.value - estimate.low for estimate in estimates],
+        [estimate.high - estimate.value for estimate in estimates],
     )
 
 
-def _title(record: Mapping[str, Any], styles: _Styles, batches: Sequence[int]) -> str:
+def _title(record: Record, styles: _Styles, batches: Sequence[int]) -> str:
     """The machine, what is the same for all curves, and what the bars are."""
-    machine = Value(dict(record)).field("machine").items()
-    names = [machine[name].value for name in ("cpu", "gpu") if name in machine]
-    on = " and ".join(plain_line(name) for name in names if isinstance(name, str) and name) or "an unnamed machine"
+    names = (record.machine["cpu"], record.machine["gpu"])
+    on = " and ".join(plain_line(name) for name in names if name) or "an unnamed machine"
     same = [f"batch {batches[0]}"] if len(batches) == 1 else []
     same += [plain_line(styles.ways[0])] if len(styles.ways) == 1 else []
     return ", ".join([f"Throughput and latency on {on}", *same]) + "; bars are 95 % intervals"

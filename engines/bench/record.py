@@ -1,4 +1,4 @@
-"""What a benchmark found, as data; its JSON is what ``bench.json``, receipts and plots are made of."""
+"""What a benchmark found, as data; its JSON is what ``bench.json`` and receipts hold."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """How many times as fast as the first file, where that may be said.
 
 A speed-up compares rows of the same batch and way, slice by slice in the rounds that both were measured in. There is
-none where either file computed something else than its network, or nothing says whether it did, or the interval holds
-1: then the two are not known to differ.
+none where either file computed something else than its network, or nothing says whether it did, or the interval as it
+is printed holds 1: then the two are not known to differ by as much as a digit.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 
 from engines.bench.record import FileRow, Row
 from engines.bench.statistics import speed_up
+
+DIGITS = 2
+"""Behind the point, of a speed-up as it is printed."""
 
 
 def with_speed_ups(rows: Sequence[Row], files: Sequence[FileRow]) -> list[Row]:
@@ -35,6 +38,6 @@ def _with_speed_up(row: Row, reference: Row | None, first: str, passed: Mapping[
         if passed[name] is not True:
             return without(f"{name}: {'parity was not checked' if passed[name] is None else 'parity failed'}")
     found = speed_up(row.measurement.counted, reference.measurement.counted)
-    if found.low <= 1 <= found.high:
+    if round(found.low, DIGITS) <= 1 <= round(found.high, DIGITS):
         return without(f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f}) cannot be told from 1")
     return dataclasses.replace(row, speedup=found, against=first)

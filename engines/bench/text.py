@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from engines.bench.record import FileRow, Record, Row
 from engines.bench.rounds import WINDOWS
@@ -10,11 +11,13 @@ from engines.bench.statistics import Estimate
 from engines.timing import COMPUTE, D2H, H2D
 
 MISSING = "-"
+PARTS = (H2D, COMPUTE, D2H)
 WORDS = {True: "ok", False: "FAIL", None: "not checked"}
 COLUMNS = (
     "file", "way", "images/s (95 %)", "queries/s", "p50 ms", "p90", "p95", "p99", "h2d", "compute", "d2h", "first ms",
     "MHz", "C", "W", "J/image", "speed-up", "% of the bound",
 )  # fmt: skip
+MACHINE = {"gpu": "{}", "driver": "driver {}", "cpu": "{}", "cores": "{} cores", "load": "load {}"}
 NAMED = 2
 """Columns of words, which stand to the left."""
 
@@ -27,14 +30,11 @@ def lines_from_record(record: Record) -> list[str]:
 
 
 def _lines_before(record: Record) -> list[str]:
-    machine = record.machine
-    where = f"{machine['cpu']}, {machine['cores']} cores, load {machine['load']}"
-    if machine["gpu"] is not None:
-        where = f"{machine['gpu']}, driver {machine['driver']}; {where}"
+    parts = (machine_text(record.machine, names) for names in (("gpu", "driver"), ("cpu", "cores", "load")))
     settings = ", ".join(f"{setting.name} {setting.value} ({setting.source})" for setting in record.settings)
     versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
     return [
-        f"machine: {where}",
+        f"machine: {'; '.join(part for part in parts if part)}",
         f"versions: {versions}",
         f"settings: {settings}",
         *(_file_line(file) for file in record.files),
@@ -78,13 +78,13 @@ def _cells(row: Row) -> list[str]:
     return [
         row.file,
         row.way,
-        _estimate(row.images_per_second, "", 0 if row.images_per_second.value >= 100 else 2),
-        _plain(row.queries_per_second.value, 4),
+        interval(row.images_per_second, ("{:.0f}" if row.images_per_second.value >= 100 else "{:.2f}").format),
+        _plain(row.queries_per_second.value),
         *(_ms(None if estimate is None else estimate.value) for estimate in row.latency_ms.values()),
-        *(_ms(row.parts_ms.get(part)) for part in (H2D, COMPUTE, D2H)),
+        *(_ms(row.parts_ms.get(part)) for part in PARTS),
         _ms(row.first_seconds * 1e3),
         *(_told(row, name) for name in ("sm_clock_mhz", "temperature_c", "power_w", "joules_per_image")),
-        MISSING if row.speedup is None else _estimate(row.speedup, "x", 2),
+        MISSING if row.speedup is None else speed_up_text(row.speedup),
         MISSING if row.bound is None else f"{row.bound.percent:.0f} % ({row.bound.binds})",
     ]
 
@@ -96,17 +96,32 @@ def _told(row: Row, name: str) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return MISSING if value is None else f"{value:#.3g}" if value < 99.95 else f"{value:.0f}"
+    return MISSING if value is None else figure(value).replace(",", "")
 
 
-def _plain(value: float, digits: int) -> str:
-    """So many digits, or all that stand before the point."""
-    return f"{value:.{digits}g}" if value < 10**digits - 0.5 else f"{value:.0f}"
+def _plain(value: float) -> str:
+    """Four digits, or all that stand before the point."""
+    return f"{value:.4g}" if value < 9999.5 else f"{value:.0f}"
 
 
-def _estimate(estimate: Estimate, unit: str, digits: int) -> str:
-    value, low, high = (f"{number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value}{unit} ({low} to {high})"
+def machine_text(machine: Mapping[str, Any], names: Sequence[str]) -> str:
+    """What is known of these."""
+    return ", ".join(MACHINE[name].format(machine[name]) for name in names if machine[name] is not None)
+
+
+def figure(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def interval(estimate: Estimate, form: Callable[[float], str], unit: str = "") -> str:
+    """As in ``33.5 (33.1 to 33.9)``, with each number in this form."""
+    return f"{form(estimate.value)}{unit} ({form(estimate.low)} to {form(estimate.high)})"
+
+
+def speed_up_text(estimate: Estimate) -> str:
+    """As in ``1.42x (1.38 to 1.45)``."""
+    return interval(estimate, "{:.2f}".format, "x")
 
 
 def printable(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from engines.arguments import integers_from_text
@@ -92,13 +93,19 @@ def check_report(folder: pathlib.Path) -> None:
         UsageError: it is no directory.
         InputRejected: its report takes no section.
         SdkMissing: there is nothing to draw with.
+        OutputFailed: nothing can be written into it, or a directory has the name of a file of the report.
     """
     from engines.bench.markdown import report_with_section
     from engines.bench.plot import drawing
+    from engines.bench.record import BENCH_NAME, PLOT_NAME
 
     if not folder.is_dir():
         raise UsageError(f"--report {folder}: is no directory; give that of an export, or make it")
+    for name in (BENCH_NAME, PLOT_NAME, REPORT_TEXT_NAME):
+        if (folder / name).is_dir():
+            raise OutputFailed(f"{folder / name}: is a directory in the place of a file; give --report another one")
     report_with_section(report_text(folder), "")
+    write_report(folder, {})
     with drawing():
         pass
 
@@ -126,17 +133,26 @@ def written_report(record: Record, folder: pathlib.Path) -> list[pathlib.Path]:
     from engines.bench.markdown import markdown_from_record, report_with_section
     from engines.bench.plot import svg_from_record
     from engines.bench.record import BENCH_NAME, PLOT_NAME
-    from engines.replacement import write_together
 
-    value = record.to_value()
-    report = report_with_section(report_text(folder), markdown_from_record(value, PLOT_NAME))
+    report = report_with_section(report_text(folder), markdown_from_record(record))
     contents = {
         BENCH_NAME: record.to_json(raw=True).encode(),
-        PLOT_NAME: svg_from_record(value),
+        PLOT_NAME: svg_from_record(record),
         REPORT_TEXT_NAME: report.encode(),
     }
+    write_report(folder, contents)
+    return [folder / name for name in contents]
+
+
+def write_report(folder: pathlib.Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files into the directory of ``--report``, by name; of none, it tells whether any could be written.
+
+    Raises:
+        OutputFailed: one of them cannot be written; then none is.
+    """
+    from engines.replacement import write_together
+
     try:
         write_together(folder, contents)
     except OutputFailed as error:
         raise OutputFailed(str(error).replace("--out", "--report")) from error
-    return [folder / name for name in contents]

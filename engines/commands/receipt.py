@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
+from collections.abc import Sequence
 
 from engines.arguments import integers_from_text
 from engines.errors import OutputFailed, UsageError, VerificationFailed
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"the file to write (default: {RECEIPT_NAME})",
     )
     parser.add_argument("--batch", metavar="N[,N]", help="images at once (default: those of 1,8,32 that fit)")
-    parser.add_argument("--duration", type=float, metavar="S", help="seconds to measure each row for (default: 3)")
+    parser.add_argument("--duration", type=float, metavar="S", help="seconds for each row (default, and most: 3)")
     parser.add_argument("--device", type=int, default=0, metavar="N", help="the GPU to run on (default: 0)")
     parser.add_argument(
         "--allow-no-gpu", action="store_true", help="without a GPU, write a receipt that says that none ran anything"
@@ -40,14 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
         ReportedError: there is nothing to run, or nothing to run it on, or the receipt cannot be written; then it is
             not.
     """
-    from engines.bench.options import Options, check_options
+    from engines.bench.options import DURATION, Options, check_options
     from engines.files import write_whole
     from engines.receipts.receipt import Request, receipt_from_folders
 
     if arguments.device < 0:
         raise UsageError(f"--device {arguments.device}: GPUs are counted from 0")
     out: pathlib.Path = arguments.out
-    check_out(out)
+    check_out(out, arguments.folders)
     if len({folder.resolve() for folder in arguments.folders}) < len(arguments.folders):
         raise UsageError("a directory is given twice")
     given = {
@@ -56,25 +58,39 @@ def run(arguments: argparse.Namespace) -> int:
     }
     options = Options(device=arguments.device, **{name: value for name, value in given.items() if value is not None})
     check_options(options)
+    if options.duration > DURATION:
+        raise UsageError(
+            f"--duration {options.duration:g}: a receipt has every latency, so give up to {DURATION:g}; python -m "
+            f"engines bench measures longer"
+        )
     request = Request(
         tuple(arguments.folders), options, arguments.allow_no_gpu, told=lambda line: print(line, flush=True)
     )
     receipt = receipt_from_folders(request)
-    write_whole(out, (json.dumps(receipt, indent=1, allow_nan=False) + "\n").encode())
+    content = (json.dumps(receipt, indent=1, allow_nan=False) + "\n").encode()
+    write_whole(out, content)
     print(receipt["verdict"])
-    print(f"written to {out}; python -m engines replay {out} checks it on any machine")
+    print(f"written to {out}, {len(content) / 1e6:.1f} MB; python -m engines replay {out} checks it on any machine")
     if not receipt["passed"]:
         raise VerificationFailed(f"{receipt['verdict']}; {out} says what, send it all the same")
     return 0
 
 
-def check_out(out: pathlib.Path) -> None:
-    """Looks, before minutes are spent on measuring, whether ``out`` can become the receipt.
+def check_out(out: pathlib.Path, folders: Sequence[pathlib.Path] = ()) -> None:
+    """Looks, before minutes are spent on measuring, whether ``out`` can become the receipt of exports in ``folders``.
 
     Raises:
-        OutputFailed: its directory is not there, or something else than a file stands in its place, as a device does.
+        OutputFailed: its directory is not there or takes no file, or something else stands in its place, as a device
+            or a file of an export does.
     """
     if not out.parent.is_dir():
         raise OutputFailed(f"{out}: cannot be written, {out.parent} is no directory; give --out in one that is there")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise OutputFailed(f"{out}: cannot be written, {out.parent} is read-only; give --out in another directory")
     if out.exists() and not out.is_file():
         raise OutputFailed(f"{out}: cannot be written, it is no plain file; give --out another name")
+    for folder in folders:
+        from engines.receipts.receipt import file_names
+
+        if folder.resolve() == out.parent.resolve() and out.name in file_names(folder):
+            raise OutputFailed(f"{out}: cannot be written, it is a file of the export; give --out another name")

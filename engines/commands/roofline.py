@@ -165,7 +165,7 @@ def _row(prediction: dict[str, Any], kernels: int) -> tuple[str, ...]:
     binds = prediction["binds"]
     return (
         *named,
-        f"{prediction['milliseconds_at_least']:.3f}",
+        _figure(prediction["milliseconds_at_least"]),
         f"{prediction['images_per_second_at_most']:.0f}",
         f"{prediction['arithmetic_share']:.0%}",
         f"{prediction['memory_share']:.0%}",
@@ -188,13 +188,18 @@ def _layer_rows(layers: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         yield (
             layer["name"],
             layer["precision"],
-            f"{layer['operations'] / MEGA:.1f}",
-            f"{layer['activation_bytes'] / KILO:.1f}",
-            f"{layer['weight_bytes'] / KILO:.1f}",
-            f"{layer['arithmetic_milliseconds']:.4f}",
-            f"{layer['memory_milliseconds']:.4f}",
+            _figure(layer["operations"] / MEGA),
+            _figure(layer["activation_bytes"] / KILO),
+            _figure(layer["weight_bytes"] / KILO),
+            _figure(layer["arithmetic_milliseconds"]),
+            _figure(layer["memory_milliseconds"]),
             layer["binds"],
         )
+
+
+def _figure(value: float) -> str:
+    """Three digits, or all that stand before the point; a kernel of a small network takes nanoseconds."""
+    return "0" if value == 0 else f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def _table(rows: Sequence[tuple[str, ...]], words: int) -> Iterator[str]:

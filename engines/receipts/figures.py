@@ -110,9 +110,11 @@ def ran_on_gpu(exports: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def verdict_of(exports: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
-    """Whether nothing failed, and that in one line; without a GPU the line says so first."""
+    """Whether nothing failed, also in the timed batches, and that in one line; without a GPU it says so first."""
     made = [check["passed"] for export in exports for check in (*export["findings"], *export["engines"])]
     made += [False for export in exports if export["throughput_problem"] is not None]
+    records = [export["throughput"] for export in exports if export["throughput"] is not None]
+    made += [file["parity"]["passed"] for record in records for file in record["files"]]
     held, failed = made.count(True), made.count(False)
     left = f", {len(made) - held - failed} not run" if held + failed < len(made) else ""
     said = f"{'FAIL' if failed else 'PASS'}: {held} of {held + failed} checks hold{left}"

@@ -12,6 +12,8 @@ from engines.roofline.cards import CARDS
 
 GPU_PACKAGES = ("cuda-bindings", "nvidia-ml-py")
 CUDA_DRIVER = "cuda driver"
+NOT_OF_A_BENCHMARK = (*GPU_PACKAGES, CUDA_DRIVER)
+"""Versions that a benchmark alone does not tell."""
 CARD_FIELDS = ("key", "title", "compute_capability", "operations_per_second", "bytes_per_second")
 
 

@@ -1,10 +1,10 @@
 """What the owner of a GPU sends back: one JSON file from which every figure can be made again elsewhere.
 
-    files       size and SHA-256 of everything an export lists, and of every engine in its directory
+    files       size and SHA-256 of everything an export lists, and of every engine and ONNX file in its directory
     findings    what needs no GPU: listed, golden, integrity, audit, and the ONNX files on this machine's CPU
     engines     their sidecars, whole, and their answers to the golden vectors, bit for bit, beside the reference;
                 layer by layer where they fail
-    throughput  a benchmark's record with every latency, and what each kernel computes and moves, for the roofline
+    throughput  a benchmark's record with every latency that counts; what each kernel computes and moves
 
 A receipt of a failure is as good as any other: it is what one sends back. Where no GPU ran anything its first field
 says so. Directories, hosts, users and the environment are left out. ``engines.receipts.replay`` reads it.
@@ -29,7 +29,7 @@ from engines.judgement import gate_of_engine, judgement, telling_golden
 from engines.kind import ENGINE_SUFFIX
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.parity import GATES
-from engines.receipts.anonymous import anonymous, without_directories
+from engines.receipts.anonymous import anonymous, directory_in, without_directories
 from engines.receipts.figures import (
     DIGEST,
     FIGURES,
@@ -43,7 +43,9 @@ from engines.receipts.figures import (
 from engines.receipts.layer_by_layer import layers_of_engine
 from engines.receipts.machine import card_of, machine_of, versions_of
 from engines.receipts.packing import packed_array
-from engines.report_file import REPORT_NAME, report_from_file
+from engines.receipts.raw_rows import raw_from_measurement
+from engines.receipts.replay_files import ONNX_SUFFIX
+from engines.report_file import REPORT_NAME, ListedFile, report_from_file
 from engines.runner import load
 from engines.sdk import gpu_compute_capability
 from engines.verification import RUN, Verification, answers_to_golden
@@ -70,11 +72,12 @@ def receipt_from_folders(request: Request) -> dict[str, Any]:
     """Checks, runs and measures everything, and returns it as plain values for JSON.
 
     Raises:
-        InputRejected: a directory is not an export's, or has no engine.
+        InputRejected: a directory is not an export's, has no engine, or something that a receipt cannot tell.
         SdkMissing: no GPU answers, and that was not allowed.
     """
     for folder in request.folders:
         engines_of(folder)
+        _check_names(folder)
     capability = gpu_compute_capability(request.options.device)
     if capability is None and not request.allow_no_gpu:
         raise SdkMissing(
@@ -113,6 +116,23 @@ def engines_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return engines
 
 
+def _check_names(folder: pathlib.Path) -> None:
+    """Looks, before anything is run, whether all that is told whole may be told, and read by others."""
+    for name in file_names(folder):
+        if not name.isprintable() or "\\" in name:
+            raise InputRejected(f"{folder}: a receipt cannot tell of a file that is called {name!a}; rename it")
+    for engine in engines_of(folder):
+        try:
+            told = manifest_from_file(sidecar_path(engine))
+        except InputRejected:
+            continue  # and then it is not told
+        directory = directory_in(told, [folder])
+        if directory is not None:
+            raise InputRejected(
+                f"{sidecar_path(engine)}: names {directory}, and a receipt tells all of it; build the engine again"
+            )
+
+
 def _rank(engine: pathlib.Path) -> int:
     try:
         return list(GATES).index(manifest_from_file(sidecar_path(engine)).precision)
@@ -147,15 +167,26 @@ def _export(folder: pathlib.Path, request: Request, *, with_gpu: bool) -> dict[s
     }
 
 
-def _files(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """Every file that is listed, or an engine's, as it is found and as it is listed."""
+def _listed(folder: pathlib.Path) -> dict[str, ListedFile]:
+    """By name; none where the report cannot be read, which a finding says."""
     try:
-        listed = {file.name: file for file in report_from_file(folder / REPORT_NAME).files}
+        return {file.name: file for file in report_from_file(folder / REPORT_NAME).files}
     except InputRejected:
-        listed = {}
+        return {}
+
+
+def file_names(folder: pathlib.Path) -> list[str]:
+    """Of all files that a receipt is about."""
     engines = [name for path in folder.glob(f"*{ENGINE_SUFFIX}") for name in (path.name, sidecar_path(path).name)]
+    graphs = [path.name for path in folder.glob(f"*{ONNX_SUFFIX}")]
+    return sorted({REPORT_NAME, GOLDEN_NAME, *_listed(folder), *engines, *graphs})
+
+
+def _files(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Each as it is found and as it is listed."""
+    listed = _listed(folder)
     found = []
-    for name in sorted({REPORT_NAME, *listed, *engines}):
+    for name in file_names(folder):
         path, there = folder / name, listed.get(name)
         found.append(
             {
@@ -197,7 +228,7 @@ def _engine(path: pathlib.Path, device: int, *, with_gpu: bool) -> dict[str, Any
 
 def _answered(path: pathlib.Path, manifest: Manifest, device: int) -> dict[str, Any]:
     """Runs the golden images; where the answers do not pass, computes layer by layer."""
-    golden = telling_golden(path.parent / manifest.golden)
+    golden = telling_golden(path.parent / GOLDEN_NAME)
     with load(path, device=device) as runner:
         answers = answers_to_golden(runner, golden)
     judged = judgement(golden, answers, gate_of_engine(manifest.precision, manifest.tolerance))
@@ -223,22 +254,25 @@ def _throughput(engines: Sequence[pathlib.Path], request: Request) -> tuple[dict
     from engines.bench import bench
 
     try:
-        record = bench(engines, request.options, told=request.told).to_value(raw=True)
+        record = bench(engines, request.options, told=request.told)
     except ReportedError as error:
         return None, str(error)
-    record["settings"] = [setting for setting in record["settings"] if setting["source"] != "environment"]
-    folders = [engine.parent for engine in engines]
-    return anonymous(record, folders, kept=frozenset({"raw"})), None
+    value = record.to_value(raw=False)
+    value["settings"] = [setting for setting in value["settings"] if setting["source"] != "environment"]
+    for row, measured in zip(value["rows"], record.rows, strict=True):
+        row["raw"] = raw_from_measurement(measured.measurement)
+    return anonymous(value, [engine.parent for engine in engines], kept=frozenset({"raw"})), None
 
 
 def _works(engines: Sequence[pathlib.Path]) -> dict[str, Any]:
-    """By file, what each kernel computes and moves; a file whose graph cannot be counted has none."""
+    """By file, what each kernel computes and moves for a golden image; none where its graph cannot be counted."""
     from engines.roofline import works_of_file
 
     found = {}
     for path in engines:
         try:
-            found[path.name] = [dataclasses.asdict(work) for work in works_of_file(path)]
+            height, width = golden_from_file(path.parent / GOLDEN_NAME).images.shape[2:]
+            found[path.name] = [dataclasses.asdict(work) for work in works_of_file(path, (height, width))]
         except ReportedError:
             continue
     return found

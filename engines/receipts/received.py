@@ -7,6 +7,7 @@ whether the figures follow from the raw data is what ``engines.receipts.replay``
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import hashlib
 import pathlib
 import re
@@ -28,15 +29,16 @@ LARGEST_RECEIPT = 1 << 28
 MOST_VALUES = 1 << 21
 """With a comma behind each; arrays are one text, so that a receipt of hours has some hundred thousand."""
 LARGEST_COUNT = 1 << 62
-_DATE = re.compile(r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\dZ", re.ASCII)
+MACHINE_FIELDS = ("compute_capability", "cpu", "cores", "load", "gpu", "card", "driver")
+_DATE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReceivedSidecar:
-    """What a sidecar says, and the SHA-256 of its text."""
+    """What a sidecar says, and its text as a file: (bytes, SHA-256)."""
 
     manifest: Manifest
-    sha256: str
+    file: tuple[int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +130,10 @@ def _receipt(value: Value) -> ReceivedReceipt:
         "ran_on_gpu", "schema", "tool", "date", "machine", "versions", "card", "exports", "passed", "verdict", DIGEST
     )
     date = fields["date"].text()
-    if not _DATE.fullmatch(date):
+    if not _is_date(date):
         raise fields["date"].wrong("a time in UTC such as 2026-01-31T12:00:00Z")
-    machine = fields["machine"].items()
-    capability = fields["machine"].field("compute_capability")
+    machine = fields["machine"].fields(*MACHINE_FIELDS)
+    capability = machine["compute_capability"]
     exports = fields["exports"].entries()
     if not exports:
         raise fields["exports"].wrong("one or more exports")
@@ -150,6 +152,14 @@ def _receipt(value: Value) -> ReceivedReceipt:
         digest_again=digest_of(value.value),
         plain=value.value,
     )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return _DATE.fullmatch(text) is not None
 
 
 def _told(value: Value) -> Any:
@@ -257,7 +267,7 @@ def _sidecar(value: Value) -> ReceivedSidecar:
         raise Malformed(f"{value.place}: {first_line(error)}") from error
     manifest = manifest_from_value(inner)
     inner.field("precision").one_of(tuple(GATES))
-    return ReceivedSidecar(manifest, hashlib.sha256(content).hexdigest())
+    return ReceivedSidecar(manifest, (len(content), hashlib.sha256(content).hexdigest()))
 
 
 def _figure(name: str, value: Value) -> Any:

@@ -1,11 +1,15 @@
 """A receipt, checked again on a machine without a GPU: does every figure in it follow from its raw data?
 
     digest       the file is as it was written
+    files        they, their sidecars and the findings say the same        ``engines.receipts.replay_files``
     engines      figures and verdicts, from the answers, the golden reference and the gates
     layers       whether each passes, from its figures, whose own raw data are too large to be kept
     throughput   rates, percentiles, intervals, speed-ups, the roofline      ``engines.receipts.replay_throughput``
     verdict      of the whole, and whether a GPU ran anything
     against      hashes and golden vectors are those of an export that is here
+
+Taken as it stands is what follows from nothing else in the file: the date, the versions, the machine, the digests of
+the images, what TOLD names of a benchmark, and what ``engines.receipts.replay_files`` says.
 
 This proves that a receipt is consistent, not that it is honest: it can be forged by who wants to; it cannot be wrong by
 accident.
@@ -15,18 +19,17 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from engines.errors import InputRejected, first_line
+from engines.errors import InputRejected, first_line, listed
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, Golden, golden_from_file
 from engines.judgement import LEAST_CONTRAST, gate_of_engine
-from engines.kind import ENGINE_SUFFIX
-from engines.manifest import sidecar_path
 from engines.parity import GATES
 from engines.receipts.figures import (
     Layer,
@@ -38,14 +41,15 @@ from engines.receipts.figures import (
     ran_on_gpu,
     verdict_of,
 )
-from engines.receipts.machine import CARD_FIELDS
-from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedFile, ReceivedReceipt
+from engines.receipts.machine import CARD_FIELDS, NOT_OF_A_BENCHMARK
+from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedReceipt
+from engines.receipts.replay_files import file_problems
 from engines.receipts.replay_throughput import check_amount, differences, record_problems
-from engines.roofline.cards import PRECISIONS, Card, card_of_device
-from engines.verification import GOLDEN, INTEGRITY, LISTED
+from engines.roofline.cards import CARDS, PRECISIONS, Card, card_of_device
+from engines.verification import GOLDEN
 
-BUILT_AGAIN = "built again since, from the listed graph: "
-"""Of a finding, before the names of engines."""
+OF_ITS_OWN = ("compute_capability", "load")
+"""Of a machine: what a benchmark does not tell, and how busy it was, which is another in each one."""
 HONESTY = "a receipt can be forged by who wants to; it cannot be wrong by accident"
 
 
@@ -70,18 +74,15 @@ def checks_of_receipt(receipt: ReceivedReceipt) -> Iterator[Check]:
     altered = () if again == receipt.digest else (problem,)
     yield Check("digest", "the file is as it was written", altered)
     card, contradictions = _card(receipt)
-    known = "its peaks are known" if card is not None else "its peaks are not known"
-    yield Check(
-        "machine", f"{receipt.machine.get('gpu') or 'no GPU'}, {known}", (*contradictions, *_machine_problems(receipt))
-    )
+    yield Check("machine", _machine_said(receipt, card), (*contradictions, *_machine_problems(receipt, card)))
     for number, export in enumerate(receipt.exports, 1):
         place = f"export {number}" if len(receipt.exports) > 1 else "export"
-        yield Check(f"{place}, files", f"{len(export.files)} files", tuple(_file_problems(export)))
+        yield Check(f"{place}, files", _files_said(export), tuple(file_problems(export)))
         golden = _golden(export)
         yield Check(f"{place}, golden", f"{len(export.images)} images", tuple(_golden_problems(export, golden)))
         for engine in export.engines:
             said = str(engine.figures["detail"])
-            yield Check(f"{place}, {engine.file}", said, tuple(_engine_problems(engine, golden)))
+            yield Check(f"{place}, {engine.file}", said, tuple(_engine_problems(engine, golden, receipt)))
             if engine.layers is not None:
                 yield Check(
                     f"{place}, {engine.file}, layers", _layers_said(engine.layers), tuple(_layer_problems(engine))
@@ -92,31 +93,37 @@ def checks_of_receipt(receipt: ReceivedReceipt) -> Iterator[Check]:
 
 
 def checks_against(receipt: ReceivedReceipt, folder: pathlib.Path) -> Iterator[Check]:
-    """Holds hashes and golden vectors to the export in ``folder``; the receipt's engines name which of its exports.
+    """Holds hashes and golden vectors to the export in ``folder``.
+
+    Of the receipt's exports it is that with engines of these names, and of several the one with the fewest problems.
 
     Raises:
         InputRejected: there are no golden vectors in the folder, or none of the exports is that of the folder.
     """
     golden = golden_from_file(folder / GOLDEN_NAME)
-    exports = [
-        export for export in receipt.exports if any((folder / engine.file).is_file() for engine in export.engines)
+    found = [
+        _checks_of_export(export, folder, golden)
+        for export in receipt.exports
+        if any((folder / engine.file).is_file() for engine in export.engines)
     ]
-    if not exports:
+    if not found:
         raise InputRejected(f"{folder}: holds none of the engines of the receipt; give the export that it is about")
-    for export in exports:
-        checked = [file for file in export.files if file.found is not None and (folder / file.name).is_file()]
-        problems = [
-            f"{file.name}: its SHA-256 is not that in the receipt"
-            for file in checked
-            if file.found is not None and sha256_of(folder / file.name) != file.found[1]
-        ]
-        problems += [f"{engine.file}: missing" for engine in export.engines if not (folder / engine.file).is_file()]
-        yield Check(f"against {folder.name}, files", f"{len(checked)} files are the same", tuple(problems))
-        yield Check(
-            f"against {folder.name}, golden",
-            f"{len(golden.images)} images and their answers are the same",
-            tuple(_other_golden(export, golden)),
-        )
+    yield from min(found, key=lambda checks: sum(len(check.problems) for check in checks))
+
+
+def _checks_of_export(export: ReceivedExport, folder: pathlib.Path, golden: Golden) -> tuple[Check, Check]:
+    checked = [file for file in export.files if file.found is not None and (folder / file.name).is_file()]
+    problems = [
+        f"{file.name}: its SHA-256 is not that in the receipt"
+        for file in checked
+        if file.found is not None and sha256_of(folder / file.name) != file.found[1]
+    ]
+    problems += [f"{engine.file}: missing" for engine in export.engines if not (folder / engine.file).is_file()]
+    same = f"{len(golden.images)} images and their answers are the same"
+    return (
+        Check(f"against {folder.name}, files", f"{len(checked)} files are the same", tuple(problems)),
+        Check(f"against {folder.name}, golden", same, tuple(_other_golden(export, golden))),
+    )
 
 
 def _other_golden(export: ReceivedExport, golden: Golden) -> Iterator[str]:
@@ -159,55 +166,28 @@ def _card(receipt: ReceivedReceipt) -> tuple[Card | None, list[str]]:
     return card, problems
 
 
-def _machine_problems(receipt: ReceivedReceipt) -> Iterator[str]:
-    """Every benchmark ran on the machine that the receipt is of."""
-    machine = {name: value for name, value in receipt.machine.items() if name != "compute_capability"}
+def _machine_said(receipt: ReceivedReceipt, card: Card | None) -> str:
+    """The GPU, and whether the peaks in the receipt are those that are known here, which may be newer ones."""
+    peaks = "its peaks are not known"
+    if card is not None:
+        known = [(card.key, card.operations_per_second, card.bytes_per_second) for card in CARDS]
+        same = (card.key, card.operations_per_second, card.bytes_per_second) in known
+        peaks = "its peaks are known" if same else "its peaks are others than those that are known here"
+    return f"{receipt.machine['gpu'] or 'no GPU'}, {peaks}"
+
+
+def _machine_problems(receipt: ReceivedReceipt, card: Card | None) -> Iterator[str]:
+    """Every benchmark ran on the machine that the receipt is of, with the same software."""
+    machine = {name: value for name, value in receipt.machine.items() if name not in OF_ITS_OWN}
+    versions = {name: version for name, version in receipt.versions.items() if name not in NOT_OF_A_BENCHMARK}
+    yield from differences(machine["card"], None if card is None else card.key, "card")
     for export in receipt.exports:
         if export.throughput is not None:
-            yield from differences(export.throughput.field("machine").value, machine, "machine")
-            told = export.throughput.field("versions").items()
-            versions = {name: version for name, version in receipt.versions.items() if name in told}
-            yield from differences({name: version.value for name, version in told.items()}, versions, "versions")
-
-
-def _file_problems(export: ReceivedExport) -> Iterator[str]:
-    """A file that is not the listed one must have been found out, unless a finding says that it was built again."""
-    found = {file.name: file for file in export.files}
-    listings = [finding for finding in export.findings if finding["check"] == LISTED]
-    said = " ".join(finding["detail"] for finding in listings if finding["passed"])
-    engines = {engine.file for engine in export.engines}
-    built = engines.intersection(said.partition(BUILT_AGAIN)[2].split(", "))
-    again = built.union(sidecar_path(pathlib.Path(name)).name for name in built)
-    others = [file.name for file in export.files if file.listed is not None and file.found != file.listed]
-    if len(found) < len(export.files):
-        yield "a file is named twice"
-    if not listings:
-        yield "no finding says whether the files are as listed"
-    if all(finding["passed"] for finding in listings):
-        yield from (f"{name}: not as listed, and no finding says so" for name in others if name not in again)
-    unknown = [name for name in found if name.endswith(ENGINE_SUFFIX) and name not in engines]
-    yield from (f"{name}: an engine of which nothing else is said" for name in unknown)
-    for engine in export.engines:
-        sidecar = found.get(sidecar_path(pathlib.Path(engine.file)).name)
-        yield from _engine_file_problems(engine, found.get(engine.file), sidecar, export)
-
-
-def _engine_file_problems(
-    engine: ReceivedEngine, file: ReceivedFile | None, sidecar: ReceivedFile | None, export: ReceivedExport
-) -> Iterator[str]:
-    """An engine that answered is the file that was hashed, as its sidecar is, and was found sound."""
-    if file is None or file.found is None:
-        yield f"{engine.file}: is not among the files"
-    elif engine.sidecar is not None and engine.sidecar.manifest.sha256["engine"] != file.found[1]:
-        yield f"{engine.file}: its sidecar's SHA-256 is not the file's"
-    if engine.sidecar is not None and (
-        sidecar is None or sidecar.found is None or sidecar.found[1] != engine.sidecar.sha256
-    ):
-        yield f"{engine.file}: its sidecar's text is not that of the file that was hashed"
-    named = [finding for finding in export.findings if finding["file"] == engine.file]
-    sound = [finding["passed"] for finding in named if finding["check"] == INTEGRITY]
-    if not sound or (engine.answers is not None and sound != [True]):
-        yield f"{engine.file}: no finding says that it is sound"
+            told = {name: field.value for name, field in export.throughput.field("machine").items().items()}
+            told = {name: value for name, value in told.items() if name not in OF_ITS_OWN}
+            yield from differences(told, machine, "machine")
+            for name, again in (("versions", versions), ("tool", receipt.tool)):
+                yield from differences(export.throughput.field(name).value, again, name)
 
 
 def _golden(export: ReceivedExport) -> Golden | None:
@@ -225,21 +205,25 @@ def _golden_problems(export: ReceivedExport, golden: Golden | None) -> Iterator[
             yield "images are the same whose answers are not"
 
 
-def _engine_problems(engine: ReceivedEngine, golden: Golden | None) -> Iterator[str]:
+def _files_said(export: ReceivedExport) -> str:
+    """What was found wrong with them, which a receipt of a failure has in its findings alone."""
+    wrong = [f"{finding['file']}: {finding['detail']}" for finding in export.findings if finding["passed"] is False]
+    return f"{len(export.files)} files{'; it is said that ' if wrong else ''}{listed(wrong, 3)}"
+
+
+def _engine_problems(engine: ReceivedEngine, golden: Golden | None, receipt: ReceivedReceipt) -> Iterator[str]:
     if engine.answers is None or engine.sidecar is None:
-        if engine.figures["passed"] or any(
-            engine.figures[name] is not None for name in engine.figures if name not in ("passed", "detail")
-        ):
-            yield "figures are written, and there are no answers that they follow from"
-        if engine.figures["detail"] is None or engine.layers is not None:
-            yield "it is not said why there are no answers"
+        yield from _unanswered_problems(engine, receipt)
         return
     if golden is None:
         yield "there are answers, and no golden vectors to judge them by"
         return
-    manifest = engine.sidecar.manifest
+    manifest, here = engine.sidecar.manifest, receipt.compute_capability
     if manifest.tolerance > GATES[manifest.precision].max_relative_error:
         yield f"its tolerance of {manifest.tolerance:g} is wider than that of {manifest.precision}"
+    cards = manifest.compute_capabilities
+    if cards and here is not None and here < max(cards) and here not in cards:
+        yield f"it answered on sm{here}, which its sidecar does not name"
     try:
         again = engine_figures(golden, manifest, engine.answers)
     except ValueError as error:
@@ -251,18 +235,32 @@ def _engine_problems(engine: ReceivedEngine, golden: Golden | None) -> Iterator[
         yield "layers are told of an engine that fails, and of no other"
 
 
+def _unanswered_problems(engine: ReceivedEngine, receipt: ReceivedReceipt) -> Iterator[str]:
+    """It failed, unless it is sound and there was no GPU to run it."""
+    passed = None if engine.sidecar is not None and receipt.compute_capability is None else False
+    if engine.figures != {**dict.fromkeys(engine.figures), "passed": passed, "detail": engine.figures["detail"]}:
+        yield "figures or a verdict are written, and there are no answers that they follow from"
+    if engine.figures["detail"] is None or engine.layers is not None or engine.layers_problem is not None:
+        yield "it is not said why there are no answers, or layers are told of none"
+
+
 def _layers_said(layers: Sequence[Layer]) -> str:
     departed = first_departure(layers)
     return "none departs" if departed is None else f"departs first at {departed.name}"
 
 
 def _layer_problems(engine: ReceivedEngine) -> Iterator[str]:
-    """Each passes or not by its figures."""
+    """Each passes or not by its figures, and the outputs are among them."""
     if engine.sidecar is None:
         return
+    names = [layer.name for layer in engine.layers or ()]
+    if not names or len(set(names)) < len(names) or set(engine.answers or ()) - set(names):
+        yield "a layer is there twice, or an output is not among them"
     gate = gate_of_engine(engine.sidecar.manifest.precision, engine.sidecar.manifest.tolerance)
     for layer in engine.layers or ():
         passes = layer_passes(gate, finite(layer.relative_error), finite(layer.sqnr_db), layer.non_finite)
+        if layer.non_finite and math.isfinite(layer.relative_error):
+            yield f"layer {layer.name}: {layer.non_finite} outputs are not finite, and its error is"
         if passes is not layer.passed:
             yield f"layer {layer.name}: passed {layer.passed} is written, and {passes} follows from its figures"
 

@@ -12,28 +12,26 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from engines.bench.cautions import warnings_of_row
+from engines.bench.contenders import ON_DEVICE
 from engines.bench.options import Setting
-from engines.bench.record import FileRow, Parity, Record, Row, unpacked
-from engines.bench.rounds import MOST_WINDOWS, WINDOWS, Measurement
+from engines.bench.record import FileRow, Parity, Record, Row
+from engines.bench.rounds import MOST_WINDOWS, WINDOWS
 from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
-from engines.bench.statistics import Slices
 from engines.bench.workload import Workload
 from engines.json_value import Malformed, Value
+from engines.receipts.raw_rows import measurement_from_raw, queries_of
 from engines.receipts.received import ReceivedExport
 from engines.roofline.cards import Card
 from engines.roofline.fused_kernels import Work
-from engines.timing import COMPUTE, D2H, H2D
 
 TOLD = (
-    "tool", "settings", "warnings", "load_seconds", "first_seconds", "maximum_sm_clock_mhz", "sm_clock_mhz",
+    "settings", "warnings", "detail", "load_seconds", "first_seconds", "maximum_sm_clock_mhz", "sm_clock_mhz",
     "memory_clock_mhz", "temperature_c", "throttled",
 )  # fmt: skip
-"""Fields of a record that nothing else in a receipt depends on; nor does anything on a peak that binds no kernel."""
+"""Fields of a record that nothing else in a receipt depends on; nor does anything on a peak that binds no kernel, and
+the power of a card that counts no energy follows from nothing."""
 
 TELEMETRY = (
     "seconds", "images", "joules_per_image", "maximum_sm_clock_mhz", "sm_clock_mhz", "memory_clock_mhz",
@@ -43,12 +41,12 @@ THROTTLED = "throttled"
 
 RELATIVE_TOLERANCE = 1e-9
 MOST_QUERIES, MOST_ROWS = 1 << 24, 512
-"""Of a whole receipt; a query of real data takes some 16 bytes of it."""
+"""Of a whole receipt: queries that count, of which each takes some five bytes of the file and up to 32 of memory."""
+MOST_MEASURED = MOST_QUERIES * MOST_WINDOWS // WINDOWS
 LARGEST_NUMBER = 1 << 1000
 """Beyond it an integer of JSON is no float."""
-SHORTEST, LONGEST = 1e-9, 1e6
-"""Seconds of a slice, far beyond what any takes."""
 RECORD_FIELDS = ("schema", "tool", "machine", "versions", "settings", "files", "rows", "warnings", "verdict")
+_WAYS = frozenset(way.title for way in ON_DEVICE)
 ROW_FACTS = ("file", "batch", "way", "first_seconds", "telemetry", "raw")
 
 
@@ -90,9 +88,11 @@ def check_amount(exports: Sequence[ReceivedExport]) -> None:
     rows = [row for record in records for row in record.field("rows").entries()]
     if len(rows) > MOST_ROWS:
         raise Malformed(f"{len(rows)} rows, more than the {MOST_ROWS} that are made again")
-    queries = sum(sum(row.field("raw").field("rounds").whole_numbers(least=1)) for row in rows)
-    if queries > MOST_QUERIES:
-        raise Malformed(f"{queries} queries in rounds, more than the {MOST_QUERIES} that are made again")
+    queries = [queries_of(row.field("raw")) for row in rows]
+    measured, counted = (sum(found[place] for found in queries) for place in (0, 1))
+    for found, most in ((measured, MOST_MEASURED), (counted, MOST_QUERIES)):
+        if found > most:
+            raise Malformed(f"{found} queries in rounds, more than the {most} that are made again")
 
 
 def record_problems(export: ReceivedExport, card: Card | None) -> Iterator[str]:
@@ -116,7 +116,7 @@ def record_problems(export: ReceivedExport, card: Card | None) -> Iterator[str]:
         for file in files
     ]
     again = Record(
-        machine=fields["machine"].items(),
+        machine={name: told.value for name, told in fields["machine"].items().items()},
         versions={},
         settings=tuple(_setting(setting) for setting in fields["settings"].entries()),
         files=tuple(counted),
@@ -135,7 +135,25 @@ def record_problems(export: ReceivedExport, card: Card | None) -> Iterator[str]:
             for warning in warnings_of_row(row)
             if warning not in again.warnings
         )
+    yield from _missing_problems(again)
     yield from _file_problems(files, export)
+
+
+def _missing_problems(record: Record) -> Iterator[str]:
+    """Each file was measured in each batch and way, or it is said why not; a card that has a name tells of itself."""
+    batches = list(dict.fromkeys(row.batch for row in record.rows))
+    settings = {setting.name: setting.value for setting in record.settings}
+    yield from differences(settings.get("batch"), ",".join(map(str, batches)), "settings: batch")
+    for file in record.files:
+        for batch in batches:
+            measured = {row.way for row in record.rows if (row.file, row.batch) == (file.file, batch)}
+            where = f"{file.file}, batch {batch}"
+            if measured < _WAYS and not any(text.startswith(f"{where}: left out, ") for text in record.warnings):
+                yield f"{where}: is not measured in every way, and it is not said why"
+            if measured - _WAYS:
+                yield f"{where}: is measured in a way that there is not"
+    if record.machine.get("gpu") is not None and any(row.telemetry is None for row in record.rows):
+        yield "rows: the card tells nothing of itself, not even its clocks"
 
 
 def _file_problems(files: Sequence[FileRow], export: ReceivedExport) -> Iterator[str]:
@@ -186,7 +204,7 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
     file, batch = facts["file"].file_name(), facts["batch"].whole_number(least=1)
     telemetry = facts["telemetry"]
     return row_from_measurement(
-        _measurement(facts["raw"]),
+        measurement_from_raw(facts["raw"]),
         file=file,
         batch=batch,
         way=facts["way"].text(),
@@ -201,42 +219,9 @@ def _telemetry(value: Value) -> dict[str, Any]:
     """Told by the card; where it counts energy, its power follows from that of an image, the images and the seconds."""
     fields = value.fields(*TELEMETRY, THROTTLED)
     told: dict[str, Any] = {name: None if fields[name].value is None else fields[name].number() for name in TELEMETRY}
-    joules, images, seconds = (told[name] for name in ("joules_per_image", "images", "seconds"))
-    if joules is not None and images is not None and seconds:
-        told["power_w"] = joules * images / seconds
+    images, seconds = (fields[name].number(above=0) for name in ("images", "seconds"))
+    if told["joules_per_image"] is not None:
+        told["power_w"] = told["joules_per_image"] * images / seconds
     reasons = fields[THROTTLED]
     told[THROTTLED] = None if reasons.value is None else [reason.text() for reason in reasons.entries()]
     return told
-
-
-def _measurement(value: Value) -> Measurement:
-    """The raw data of a row, unpacked within bounds."""
-    fields = value.fields("rounds", "walls", "rounds_per_window", "latencies", "parts")
-    counts = np.array(fields["rounds"].whole_numbers(least=1), np.int64)
-    walls = np.array(fields["walls"].numbers(len(counts)), np.float64)
-    per_window = fields["rounds_per_window"].whole_number(least=1)
-    windows, rest = divmod(len(counts), per_window)
-    if rest or not WINDOWS <= windows <= MOST_WINDOWS:
-        raise fields["rounds"].wrong(f"queries of each round of {WINDOWS} to {MOST_WINDOWS} whole windows")
-    if not ((walls >= SHORTEST) & (walls <= LONGEST)).all():
-        raise fields["walls"].wrong(f"seconds from {SHORTEST:g} to {LONGEST:g}")
-    total = int(counts.sum())
-    parts = {name: _seconds(part, total) for name, part in fields["parts"].items().items()}
-    if parts.keys() - {H2D, COMPUTE, D2H}:
-        raise fields["parts"].wrong(f"{H2D}, {COMPUTE} and {D2H}")
-    latencies = _seconds(fields["latencies"], total)
-    measurement = Measurement(Slices(counts, walls, latencies), parts, per_window)
-    steady = measurement.counted_part(COMPUTE) if COMPUTE in parts else measurement.counted.latencies
-    if not steady.any():
-        raise fields["latencies"].wrong("times above 0")
-    return measurement
-
-
-def _seconds(value: Value, count: int) -> NDArray[np.float64]:
-    """``count`` times; no more than that is ever unpacked."""
-    if not isinstance(value.value, str):
-        raise value.wrong("times in base64")
-    try:
-        return unpacked(value.value, count)
-    except ValueError as error:
-        raise value.wrong(f"{count} times, deflated, in base64") from error

@@ -18,7 +18,8 @@ import shlex
 import subprocess
 import sys
 
-from engines.errors import ReportedError, SdkMissing
+from engines.commands.receipt import check_out
+from engines.errors import INTERRUPTED_EXIT_CODE, OutputFailed, ReportedError, SdkMissing
 from engines.sdk import RTX_CARDS, TURING, gpu_compute_capability
 
 SHIPPED, CALIBRATION = "examples/fashion.pt", "examples/fashion_calibration.npz"
@@ -105,9 +106,14 @@ def receipt(out: pathlib.Path) -> int:
 
     Raises:
         SdkMissing: no GPU answers.
+        OutputFailed: the receipt or the exports cannot be written.
     """
     made = steps(card_here(), FOLDER, out)
-    FOLDER.mkdir(exist_ok=True)
+    check_out(out)
+    try:
+        FOLDER.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputFailed(f"{FOLDER}: cannot be made ({error.strerror}); exports need a directory here") from error
     for step in made:
         print(step.line, flush=True)
         code = run(step)
@@ -133,6 +139,8 @@ def main(arguments: list[str]) -> int:
     except ReportedError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED_EXIT_CODE  # the step that was interrupted has said so
 
 
 if __name__ == "__main__":

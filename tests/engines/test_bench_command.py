@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -22,9 +23,12 @@ from hypothesis import strategies as st
 
 import engines.bench
 from engines.bench.record import packed, unpacked
+from engines.bench.rounds import Measurement
+from engines.bench.statistics import Slices
 from tests.conftest import ROOT
 from tests.engines import fake_nvml
 from tests.engines.bench_files import folder_with, images, onnx_bytes, save_golden, timed_sessions
+from tests.engines.bench_records import ROW, record_of
 from tests.engines.fake_machine import ONNX, answers, fake_machine
 from tests.engines.fake_machine import images as machine_images
 from tests.engines.fake_nvml import Phase
@@ -34,8 +38,11 @@ SHORT = ("--duration", "0.05")
 REPORT_FILES = ("bench.json", "bench.svg", "report.md")
 
 
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
+
+
 def problems(document):
-    return [error.message for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(document)]
+    return [error.message for error in VALIDATOR.iter_errors(document)]
 
 
 @pytest.fixture
@@ -142,6 +149,19 @@ def test_a_file_that_computes_something_else_ends_with_code_1(bench, a, b):
     assert outcome.stdout.splitlines()[-1].startswith("FAIL: 1 of 2 files")
     assert "2.00x" not in outcome.stdout
     assert "no speed-up b.onnx, batch 1, numpy to numpy: b.onnx: parity failed" in outcome.stdout
+
+
+def test_golden_vectors_that_cannot_be_read_end_with_code_3(bench, sessions, a, b, tmp_path):
+    golden = b.parent / "golden.npz"
+    golden.write_bytes(golden.read_bytes()[:-1])
+    outcome = bench(a, b, "--batch", "1", "--report", tmp_path)
+    assert (outcome.code, outcome.stdout, sessions.batches) == (3, "", [])
+    assert outcome.error.startswith(f"{golden}: not an .npz of input and outputs")
+    assert not (tmp_path / "bench.json").exists()
+    golden.unlink()
+    outcome = bench(a, b, "--batch", "1")
+    assert (outcome.code, outcome.stderr) == (0, "")
+    assert outcome.stdout.endswith("also in the timed batches, 1 not checked\n")
 
 
 # --- for a program
@@ -263,17 +283,20 @@ def parent_of(document, path):
 
 
 def test_a_field_that_is_missing_or_added_or_of_another_type_is_seen(gpu_document):
-    paths = list(places(gpu_document))
+    paths, changed = list(places(gpu_document)), copy.deepcopy(gpu_document)
     assert len(paths) > 80
     for path in paths:
         optional = path[0] == "versions" or path[-2:-1] in (("parts_ms",), ("parts",)) or path[-1] == "raw"
-        without, added, other = (copy.deepcopy(gpu_document) for _ in range(3))
-        value = parent_of(without, path).pop(path[-1])
-        assert optional or problems(without), path
-        parent_of(added, path)[f"{path[-1]}s"] = value
-        assert path[0] == "versions" or problems(added), path
-        parent_of(other, path)[path[-1]] = {"nested": [value]}
-        assert problems(other), path
+        parent, name = parent_of(changed, path), path[-1]
+        value = parent.pop(name)
+        assert optional or not VALIDATOR.is_valid(changed), path
+        parent[name] = {"nested": [value]}
+        assert not VALIDATOR.is_valid(changed), path
+        parent[name] = value
+        parent[f"{name}s"] = value
+        assert path[0] == "versions" or not VALIDATOR.is_valid(changed), path
+        del parent[f"{name}s"]
+    assert changed == gpu_document
 
 
 @pytest.mark.parametrize(
@@ -352,6 +375,15 @@ def test_every_figure_of_bench_json_follows_from_its_raw_data(bench, sessions, a
         assert latencies.sum() == pytest.approx(walls.sum(), rel=1e-6)
         assert len(set(latencies.tolist())) > 50
     assert document["rows"][1]["speedup"]["value"] == pytest.approx(rates[1] / rates[0], rel=1e-12)
+
+
+def test_raw_is_everything_that_was_measured_also_before_the_windows_that_count():
+    latencies = np.arange(1, 11) / 100
+    measurement = Measurement(Slices(np.full(5, 2), np.arange(5.0) + 1, latencies), {"compute": latencies / 2}, 1)
+    raw = record_of(dataclasses.replace(ROW, measurement=measurement)).to_value(raw=True)["rows"][0]["raw"]
+    assert (raw["rounds"], raw["walls"], raw["rounds_per_window"]) == ([2] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], 1)
+    assert unpacked(raw["latencies"], 10).tolist() == latencies.tolist()
+    assert unpacked(raw["parts"]["compute"], 10).tolist() == (latencies / 2).tolist()
 
 
 NANOSECONDS = st.lists(st.integers(0, 2**50), max_size=30)
@@ -460,6 +492,7 @@ def test_with_json_what_was_written_is_not_told_on_stdout(bench, a, folder):
 @pytest.mark.parametrize("step", range(6))
 def test_a_write_that_fails_leaves_everything_as_it_was(bench, a, folder, monkeypatch, kept, step):
     """The disk is full at each of the three writes and each of the three renames in turn."""
+    monkeypatch.setattr("engines.bench.plot.svg_from_record", lambda record: b"<svg/>")  # to draw takes the longest
     if kept:
         for name in REPORT_FILES:
             (folder / name).write_text(f"the {name} of before")
@@ -485,12 +518,28 @@ def test_a_write_that_fails_leaves_everything_as_it_was(bench, a, folder, monkey
     assert [path for path in folder.iterdir() if path.is_dir()] == []
 
 
-def test_a_directory_in_the_place_of_a_file_leaves_everything_as_it_was(bench, a, folder):
-    (folder / "report.md").mkdir()
+@pytest.mark.parametrize("name", REPORT_FILES)
+def test_a_directory_in_the_place_of_a_file_is_refused_before_anything_is_measured(bench, sessions, a, folder, name):
+    (folder / name).mkdir()
     outcome = bench(a, "--batch", "1", "--report", folder)
     assert outcome.code == 5
-    assert "report.md" in outcome.error
-    assert [path.name for path in folder.iterdir()] == ["report.md"]
+    assert outcome.error.startswith(f"{folder / name}: is a directory in the place of a file")
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert sessions.opened == []
+
+
+def test_a_directory_that_cannot_be_written_to_is_told_before_anything_is_measured(
+    bench, sessions, a, folder, monkeypatch
+):
+    def refused(*_arguments, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", refused)
+    outcome = bench(a, "--batch", "1", "--report", folder)
+    monkeypatch.undo()
+    assert outcome.code == 5
+    assert outcome.error.startswith(f"{folder}: cannot be written (Permission denied); give --report ")
+    assert (sessions.opened, contents(folder)) == ([], {})
 
 
 @pytest.mark.parametrize("content", [b"# Report \xff\xfe", b"# Report\n<!-- throughput -->\nwithout an end\n"])

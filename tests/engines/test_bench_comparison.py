@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from engines.bench import Options, bench, lines_from_record
+from engines.bench import Options, bench, lines_from_record, rounds
 from engines.bench.comparison import names_of
 from engines.bench.contenders import ON_HOST
 from engines.errors import DeviceFailed, InputRejected, SdkMissing, UsageError
@@ -118,6 +118,22 @@ def test_files_that_take_exactly_as_long_are_not_told_apart(measure, a, b):
     _, second = measure(a, b, batches=(8,)).rows
     assert second.speedup is None
     assert second.no_speedup == "1.00x (1.00 to 1.00) cannot be told from 1"
+
+
+@pytest.mark.parametrize(
+    ("slower", "told"),
+    [(0.9960, None), (0.9946, "0.99x (0.99 to 0.99)"), (1.0049, None), (1.0051, "1.01x (1.01 to 1.01)")],
+)
+def test_a_speed_up_whose_digits_are_those_of_1_is_not_told(sessions, measure, a, b, slower, told):
+    """However narrow the interval: a table that says 1.00x (1.00 to 1.00) tells no speed-up."""
+    sessions.seconds |= {"a.onnx": 0.010 * slower, "b.onnx": 0.010}
+    record = measure(a, b)
+    _, second = record.rows
+    assert (second.speedup is None) == (told is None)
+    if told is None:
+        assert second.no_speedup == "1.00x (1.00 to 1.00) cannot be told from 1"
+    else:
+        assert any(line.endswith(f"  {told}") for line in lines_from_record(record))
 
 
 def test_every_file_has_begun_before_any_is_measured(sessions, measure, a, b):
@@ -265,16 +281,6 @@ def without_golden(path):
     return path
 
 
-def damaged(path):
-    (path.parent / "golden.npz").write_bytes(b"PK")
-    return path
-
-
-def untelling(path):
-    save_golden(path.parent, images(2), output=np.ones((2, 5)))
-    return path
-
-
 def of_no_precision(path):
     path.write_bytes(onnx_bytes(precision=None))
     return path
@@ -284,8 +290,6 @@ def of_no_precision(path):
     ("unmade", "said"),
     [
         (without_golden, "there is no golden.npz beside it"),
-        (damaged, "not an .npz of input and outputs"),
-        (untelling, "two answers or all values are the same"),
         (of_no_precision, "there is no gate for its precision, unnamed"),
     ],
 )
@@ -306,6 +310,56 @@ def test_a_file_that_cannot_be_judged_is_measured_and_has_no_speed_up(sessions, 
     assert record.verdict.endswith(
         "1 of 1 files computed their golden vectors, also in the timed batches, 1 not checked"
     )
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def untelling(path):
+    save_golden(path.parent, images(2), output=np.ones((2, 5)))
+
+
+def of_integers(path):
+    np.savez(path, input=images(2), output=np.ones((2, 5), int))
+
+
+def a_directory(path):
+    path.unlink()
+    path.mkdir()
+
+
+def leading_nowhere(path):
+    path.unlink()
+    path.symlink_to("gone.npz")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize(
+    ("harmed", "said"),
+    [
+        (damaged, "not an .npz of input and outputs"),
+        (empty, "not an .npz of input and outputs"),
+        (untelling, "two answers or all values are the same"),
+        (of_integers, "output is int64 (2, 5)"),
+        (a_directory, "not an .npz of input and outputs"),
+        (leading_nowhere, "no such file, so there is nothing to compare with"),
+    ],
+)
+def test_golden_vectors_that_tell_nothing_are_an_error_before_anything_is_measured(
+    sessions, measure, a, b, harmed, said, place
+):
+    golden = (a, b)[place].parent / "golden.npz"
+    harmed(golden)
+    with pytest.raises(InputRejected) as caught:
+        measure(a, b)
+    assert str(caught.value).startswith(f"{golden}: {said}")
+    assert sessions.batches == []
+    assert sorted(sessions.closed) == sorted(sessions.opened)
 
 
 def test_where_nothing_was_checked_nothing_is_said_to_have_passed(measure, a):
@@ -389,6 +443,28 @@ def test_free_sizes_can_be_given(measure, free):
     assert record.files[0].operations_per_image == 2 * 4 * 3 * 9 * 6 * 10 + 2 * 4 * 5
     assert record.files[0].parity.passed is None
     assert ("size", "6x10", "--size") in {(one.name, one.value, one.source) for one in record.settings}
+
+
+def test_the_size_is_told_where_nobody_gave_it_and_that_files_have_another(measure, free, a, tmp_path):
+    save_golden(free.parent, images(size=(12, 10)))
+    other = folder_with(tmp_path, "other")
+    record = measure(a, other, free)
+    assert ("size", "8x8, 12x10", "file, else golden.npz") in {
+        (one.name, one.value, one.source) for one in record.settings
+    }
+    assert [warning for warning in record.warnings if "images of" in warning] == [
+        "free.onnx: computes images of 12x10, and a.onnx of 8x8: speed-ups are not at equal work"
+    ]
+    alike = measure(a, other)
+    assert ("size", "8x8") in {(one.name, one.value) for one in alike.settings}
+    assert not [warning for warning in alike.warnings if "images of" in warning]
+
+
+def test_golden_images_that_the_file_does_not_take_are_named_as_such(measure, a):
+    save_golden(a.parent, images(size=(9, 8)))
+    parity = measure(a).files[0].parity
+    assert parity.passed is False
+    assert parity.detail.startswith("the images of its golden.npz do not fit: input: float32 (1, 3, 9, 8); expected")
 
 
 def test_free_sizes_that_nothing_tells_are_asked_for(measure, free):
@@ -656,8 +732,10 @@ def test_a_graph_whose_work_cannot_be_counted_is_measured_all_the_same(monkeypat
 # --- on the real clock
 
 
-def test_on_the_real_clock_a_larger_file_takes_longer(tmp_path):
+def test_on_the_real_clock_a_larger_file_takes_longer(tmp_path, monkeypatch):
     """Sixty-four times the pixels, side by side: whatever else this machine does, hits both."""
+    monkeypatch.setattr(rounds, "WARM_UP", 0.02)
+    monkeypatch.setattr(rounds, "SLICE", 0.01)
     small = folder_with(tmp_path, "small")
     large = folder_with(tmp_path, "large", fixed("N", 64), golden=False)
     save_golden(large.parent, images(size=(64, 64)))

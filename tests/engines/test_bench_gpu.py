@@ -10,8 +10,8 @@ import pytest
 
 from engines.backends import tensorrt as backend_module
 from engines.bench import Options, bench, lines_from_record
-from engines.errors import SdkMissing
-from engines.roofline import bound_of, works_of_file
+from engines.errors import InputRejected, SdkMissing
+from engines.roofline import bound_of, bytes_per_image, operations_per_image, works_of_file
 from engines.roofline.cards import card_from_key
 from tests.engines import fake_nvml
 from tests.engines.fake_machine import ONNX, answers, fake_machine, images
@@ -130,7 +130,8 @@ def test_a_card_that_counts_no_energy_is_told_without_it(machine):
 
 
 def test_a_card_that_holds_its_clocks_back_is_a_warning(machine):
-    machine.nvml.phases = (Phase(reasons=pynvml.nvmlClocksEventReasonSwPowerCap),)
+    idle = pynvml.nvmlClocksEventReasonGpuIdle  # says nothing of a card that is at work
+    machine.nvml.phases = (Phase(reasons=pynvml.nvmlClocksEventReasonSwPowerCap | idle),)
     record = measure(machine, engine(machine))
     assert record.warnings == tuple(
         f"a.fp16.engine, batch 2, {way}: the card held its clocks back: sw power cap" for way in WAYS
@@ -152,14 +153,31 @@ def test_an_unknown_card_has_no_bound(machine, monkeypatch):
     assert record.warnings == ("no bounds: the peaks of NVIDIA Imaginary 9 are not known",)
 
 
+def test_golden_vectors_of_an_engine_that_cannot_be_read_are_an_error_before_it_computes(machine):
+    made = engine(machine)
+    golden = made.with_name("golden.npz")
+    golden.write_bytes(golden.read_bytes()[:-1])
+    with pytest.raises(InputRejected) as caught:
+        measure(machine, made)
+    assert str(caught.value).startswith(f"{golden}: not an .npz of input and outputs")
+    assert not any(name.startswith(("execute", "enqueue")) for name in machine.names)
+    machine.assert_nothing_left()
+    golden.unlink()
+    assert measure(machine, made).verdict.startswith("NOT CHECKED: ")
+    assert any(name.startswith("execute") for name in machine.names)
+
+
 def test_each_row_ends_with_its_part_of_the_bound(machine):
     made = engine(machine)
     record = measure(machine, made)
-    least = bound_of(works_of_file(made), card_from_key("l4"), 2)
+    works = works_of_file(made)
+    least = bound_of(works, card_from_key("l4"), 2)
+    assert record.files[0].operations_per_image == operations_per_image(works)
     for row in record.rows:
+        assert row.bytes_per_image == bytes_per_image(works, 2)
         assert row.bound.milliseconds == pytest.approx(1e3 * least.seconds)
         assert row.bound.percent == pytest.approx(100 * least.seconds * row.queries_per_second.value)
-        assert row.bound.card == "NVIDIA L4"
+        assert (row.bound.card, row.bound.binds) == ("NVIDIA L4", least.binds)
     rows = [line for line in lines_from_record(record) if line.startswith("  a.fp16.engine")]
     assert len(rows) == len(WAYS)
     assert all(line.endswith(f"0 % ({row.bound.binds})") for line, row in zip(rows, record.rows, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from engines.bench.rounds import (
     measured,
     warmed_up,
 )
+from engines.bench.rows import row_from_measurement
 from engines.bench.statistics import Slices
+from engines.bench.workload import Workload
 from engines.timing import Timing
 from tests.engines.bench_files import VirtualClock
 
@@ -72,15 +75,18 @@ def turns(journal, names, rounds):
 def test_no_row_is_measured_twice_before_all_others(clock):
     journal, names = [], ["a", "b", "c"]
     rows = [Row(clock, 0.001 * (place + 1), name=name, journal=journal) for place, name in enumerate(names)]
-    found = measured(rows, 1.0, clock)
-    rounds = len(found[0].slices.counts)
-    assert rounds == WINDOWS * found[0].rounds_per_window == 21
-    assert all(sorted(turn) == names for turn in turns(journal, names, rounds))
+    measurement = measured(rows, 1.0, clock)[0]
+    rounds = len(measurement.slices.counts)
+    assert rounds == WINDOWS * measurement.rounds_per_window == 21
+    found = turns(journal, names, rounds)
+    assert all(sorted(turn) == names for turn in found)
+    followed = {pair for turn in found for pair in itertools.pairwise(turn)}
+    assert followed == set(itertools.permutations(names, 2))  # none always comes after the same one
     before = [name for name, _ in journal[: len(journal) - rounds * len(names)]]
     assert list(dict.fromkeys(before)) == [name for name, _ in itertools.groupby(before)] == names
 
 
-@pytest.mark.parametrize("latencies", [(0.00005, 0.001, 0.007), (0.0201, 0.033, 0.05), (0.3, 0.001, 0.04)])
+@pytest.mark.parametrize("latencies", [(0.00005, 0.001, 0.007), (0.0201, 0.033, 0.05), (0.04, 0.001, 0.3)])
 def test_rows_of_very_different_latency_are_measured_for_the_same_time(clock, latencies):
     found = measured([Row(clock, latency) for latency in latencies], 0.5, clock)
     length = max(SLICE, *latencies)
@@ -249,6 +255,33 @@ def test_the_windows_that_count_are_the_last_three():
     assert found.counted.latencies.tolist() == found.counted_part("compute").tolist() == list(range(8, 20))
     assert found.settled
     assert not Measurement(Slices(counts[:8], walls[:8], np.arange(16.0)), {}, 2).settled
+
+
+@pytest.mark.parametrize("parts", [{}, {"h2d": [0.003] * 10, "compute": [0.9] * 4 + [0.001, 0.002, 0.002] * 2}])
+def test_the_figures_of_a_row_are_of_the_windows_that_count(parts):
+    latencies = np.array([1.0] * 4 + [0.010, 0.030] * 3)
+    timed = Slices(np.array([2] * 5), np.array([2.5] * 2 + [0.05] * 3), latencies)
+    measurement = Measurement(timed, {name: np.array(values) for name, values in parts.items()}, 1)
+    row = row_from_measurement(
+        measurement,
+        file="a",
+        batch=4,
+        way="somehow",
+        first_seconds=7.0,
+        workload=Workload((), "unknown"),
+        card=None,
+        telemetry=None,
+    )
+    assert row.queries == 6
+    assert row.images_per_second.value == pytest.approx(4 * 6 / 0.15)
+    assert row.queries_per_second.value == pytest.approx(6 / 0.15)
+    assert {percent for percent, found in row.latency_ms.items() if found} == {50}
+    assert row.latency_ms[50].value == pytest.approx(10)
+    assert row.parts_ms == pytest.approx({"h2d": 3.0, "compute": 2.0} if parts else {})
+    assert row.variation == pytest.approx(math.sqrt(2) / 5 if parts else 1 / 2)
+    assert row.windows == pytest.approx([4 * 2 / 2.5] * 2 + [4 * 2 / 0.05] * 3)
+    assert row.settled
+    assert (row.bound, row.bytes_per_image) == (None, None)
 
 
 # --- Python's collector

@@ -157,6 +157,31 @@ def test_intervals_are_seeded_and_shrink_as_the_root_of_the_rounds():
     assert width(latency_percentiles(few)[50]) > 2 * width(latency_percentiles(many)[50])
 
 
+def test_intervals_are_as_wide_as_the_textbook_says_where_rounds_have_nothing_in_common():
+    """Then the deviation of a mean is that of one round over the root of their number; 95 % are 1.96 of it."""
+    simulations = [simulated(np.random.default_rng(seed), 300, queries=1, shared=0.1, own=0) for seed in range(10)]
+    found = np.mean([width(queries_per_second(slices(simulation))) for simulation in simulations])
+    assert found == pytest.approx(2 * 1.96 * 0.1 / math.sqrt(300), rel=0.07)
+
+
+def test_every_round_is_drawn_as_often_as_any_other():
+    """Blocks that begin at the end go on at the beginning."""
+    rounds = [[0.005 if place == 29 else 0.010] for place in range(30)]
+    at_the_end = queries_per_second(slices(rounds))
+    for place in (0, 15):
+        rolled = queries_per_second(slices(rounds[29 - place :] + rounds[: 29 - place]))
+        assert dataclasses.astuple(rolled) == pytest.approx(dataclasses.astuple(at_the_end), rel=1e-9)
+
+
+@pytest.mark.parametrize(("groups", "low", "high"), [(statistics.GROUPS, 0.489, 0.510), (10, 0.5, 0.6), (1, 0.5, 1.0)])
+def test_the_ends_of_a_percentile_are_the_largest_of_their_groups(monkeypatch, groups, low, high):
+    """Of a thousand latencies, all different, over rounds that are alike."""
+    monkeypatch.setattr(statistics, "GROUPS", groups)
+    latencies = np.arange(1, 1001) / 1000
+    median = latency_percentiles(slices([latencies[start::40] for start in range(40)]))[50]
+    assert dataclasses.astuple(median) == pytest.approx((0.5, low, high), abs=0.002)
+
+
 def coverage(estimate, truth, runs=200, simulation=simulated, rounds=30):
     """The part of simulated benchmarks of so many rounds whose interval holds the truth."""
     generator = np.random.default_rng(5)

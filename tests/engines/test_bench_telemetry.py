@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import subprocess
 import sys
 
 import cuda.bindings
+import numpy as np
 import pynvml as real
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines.bench.device import Device
 from engines.bench.telemetry import CardDescription, Nvml, Sample, Unavailable, reason_words, words_of_mask
+from engines.timing import Timing
 from tests.conftest import ROOT
+from tests.engines.bench_files import VirtualClock
 from tests.engines.fake_cuda import BUS_IDS
 from tests.engines.fake_machine import fake_machine
 from tests.engines.fake_nvml import Phase
@@ -205,3 +210,81 @@ def test_nothing_is_imported_before_it_is_asked_for():
     script = "import sys, engines.bench.telemetry; print('pynvml' in sys.modules, 'cuda' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"
+
+
+# --- what is told of a row
+
+
+class Card:
+    """Says these things one after the other, and counts ``energies``."""
+
+    def __init__(self, samples, energies):
+        self._samples, self._energies = iter(samples), iter(energies)
+
+    def sample(self):
+        return next(self._samples)
+
+    def energy_joules(self):
+        return next(self._energies)
+
+
+class Steady:
+    """Queries of 1/64 s, three of which are a slice."""
+
+    def __init__(self, clock):
+        self._clock = clock
+
+    def run(self, count):
+        self._clock.now += count / 64
+        return Timing(np.full(count, 1 / 64), count / 64)
+
+
+def told_of(samples, energies=(100.0, 133.0)):
+    """Of 0.8 / 3 s, in slices of three queries of four images each."""
+    clock = VirtualClock()
+    device = Device("NVIDIA L4", "580", 2175, None, Card(samples, energies), None)
+    found = device.telemetry(Steady(clock), 4, 0.8, clock)
+    assert (found["seconds"], found["images"]) == (18 / 64, 72)
+    return found
+
+
+def samples_of(**lists):
+    """Seven samples, of these values and of None."""
+    nothing = dict.fromkeys(field.name for field in dataclasses.fields(Sample))
+    return [Sample(**nothing | {name: values[place] for name, values in lists.items()}) for place in range(7)]
+
+
+def test_clocks_are_medians_the_heat_is_the_highest_and_the_power_is_that_of_the_energy():
+    found = told_of(
+        samples_of(
+            sm_clock_mhz=[1200, 1500, 1510, 1510, 1520, 1600, 1900],
+            memory_clock_mhz=[400, 6000, 6000, 6000, 6000, 6000, 6000],
+            temperature_c=[50, 52, 57, 56, 55, 54, 53],
+            power_w=[70.0] * 7,
+        )
+    )
+    assert (found["sm_clock_mhz"], found["memory_clock_mhz"], found["maximum_sm_clock_mhz"]) == (1510, 6000, 2175)
+    assert found["temperature_c"] == 57
+    assert found["joules_per_image"] == pytest.approx(33 / 72)
+    assert found["power_w"] == pytest.approx(33 / (18 / 64))
+    assert found["throttled"] is None
+
+
+@pytest.mark.parametrize("energies", [(None, 133.0), (100.0, None)])
+def test_without_energy_the_power_is_the_median_of_what_was_drawn(energies):
+    found = told_of(samples_of(power_w=[10.0, 70, 70, None, 71, 72, 300]), energies)
+    assert (found["joules_per_image"], found["power_w"]) == (None, 70.5)
+    assert (found["sm_clock_mhz"], found["temperature_c"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([("sw power cap", "gpu idle"), None, ("hw slowdown",), (), (), (), ("hw slowdown",)],
+         ["hw slowdown", "sw power cap"]),
+        ([("gpu idle",), *[()] * 6], []),
+        ([None] * 7, None),
+    ],
+)  # fmt: skip
+def test_every_reason_that_was_given_is_told_once_but_that_the_card_was_idle(given, told):
+    assert told_of(samples_of(throttled=given))["throttled"] == told

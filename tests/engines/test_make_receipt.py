@@ -110,6 +110,31 @@ def test_another_card_gets_its_engines_from_full_tensorrt_on_the_card_itself(scr
     assert all(command[3:] == ["--sdk", "tensorrt"] and sees_gpu for command, sees_gpu in built)
 
 
+def test_an_interruption_is_no_traceback(script, card, capsys, monkeypatch):
+    card(86)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.subprocess, "run", interrupted)
+    assert script.main([]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "there", "said"),
+    [("no/such.json", None, "no is no directory"), ("a.json", "receipt-exports", "receipt-exports: cannot be made")],
+)
+def test_what_cannot_be_written_is_one_line_before_anything_is_exported(
+    script, card, capsys, tmp_path, out, there, said
+):
+    ran = card(86)
+    if there is not None:
+        (tmp_path / there).write_bytes(b"")
+    assert script.main(["--out", out]) == 5
+    assert (ran, said in capsys.readouterr().err) == ([], True)
+
+
 @pytest.mark.parametrize(
     ("codes", "code", "count", "sent"),
     [((0, 0, 0, 1), 1, 4, True), ((0, 0, 0, 5), 5, 4, False), ((1,), 1, 1, False), ((0, 0, 3), 3, 3, False)],

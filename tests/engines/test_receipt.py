@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import getpass
 import json
 import os
@@ -19,12 +20,13 @@ from hypothesis.extra import numpy as arrays
 
 import engines.bench
 from engines.bench.options import settings_of
+from engines.bench.record import Parity
 from engines.errors import CompilerRefused, DeviceFailed
 from engines.files import sha256_of
 from engines.json_value import Malformed, Value
 from engines.receipts import layer_by_layer, receipt
 from engines.receipts import machine as machine_module
-from engines.receipts.anonymous import without_directories
+from engines.receipts.anonymous import directory_in, without_directories
 from engines.receipts.packing import packed_array, unpacked_array
 from tests.engines.pretended_receipts import (
     CAPABILITY,
@@ -36,6 +38,7 @@ from tests.engines.pretended_receipts import (
     written_receipt,
 )
 
+FAILED = Parity(passed=False, detail="planted")
 ANSWERS = ("fashion.fp32", "fashion.fp16")
 
 
@@ -75,7 +78,7 @@ FAST = ("--batch", "1", "--duration", "0.1")
 def test_the_first_field_says_that_a_gpu_ran(sound):
     value, _ = sound
     assert next(iter(value.items())) == ("ran_on_gpu", True)
-    assert (value["passed"], value["verdict"]) == (True, "PASS: 9 of 9 checks hold, 2 not run")
+    assert (value["passed"], value["verdict"]) == (True, "PASS: 11 of 11 checks hold, 2 not run")
 
 
 def test_every_file_is_there_with_its_hash(sound):
@@ -143,7 +146,7 @@ def test_sidecars_are_there_to_the_byte(sound):
     value, folder = sound
     for engine in value["exports"][0]["engines"]:
         assert engine["sidecar"].encode() == (folder / f"{engine['file']}.json").read_bytes()
-        assert without_directories(engine["sidecar"], [folder]) == engine["sidecar"]
+        assert directory_in(json.loads(engine["sidecar"]), [folder]) is None
 
 
 @pytest.mark.parametrize(("status", "expected"), [(0, "12.8"), (35, None)])
@@ -163,7 +166,7 @@ def test_several_exports_are_in_one_receipt(export, machine, engines_command):
     assert outcome.code == 0, outcome.stderr
     value = written(pathlib.Path("receipt.json"))
     assert [len(made["engines"]) for made in value["exports"]] == [2, 2]
-    assert value["verdict"] == "PASS: 18 of 18 checks hold, 4 not run"
+    assert value["verdict"] == "PASS: 22 of 22 checks hold, 4 not run"
 
 
 # --- failures are written
@@ -174,7 +177,7 @@ def test_an_engine_that_computes_something_else_is_told_layer_by_layer(export, m
     machine(harm)
     outcome = engines_command("receipt", export(harm=harm), *FAST, "--out", "found.json")
     assert outcome.code == 1
-    assert "FAIL: 8 of 9 checks hold" in outcome.error
+    assert "FAIL: 9 of 11 checks hold" in outcome.error
     assert "found.json says what, send it all the same" in outcome.error
     first, second = written(tmp_path / "found.json")["exports"][0]["engines"]
     assert (first["passed"], second["passed"], second["layers"]) == (False, True, None)
@@ -219,6 +222,26 @@ def test_a_benchmark_that_ends_in_an_error_is_a_failure_with_its_reason(
     value = written(tmp_path / "receipt.json")
     assert value["verdict"] == "FAIL: 9 of 10 checks hold, 2 not run"
     assert value["exports"][0]["throughput_problem"] == "fashion.fp32.engine: cudaGraphLaunch failed: planted"
+
+
+def test_answers_that_are_wrong_while_they_are_timed_fail_the_receipt(
+    export, machine, engines_command, tmp_path, monkeypatch
+):
+    """In a batch of other images, or launched as a graph: nothing else computes that."""
+    machine()
+    measure = engines.bench.bench
+
+    def wrong(*arguments, **options):
+        record = measure(*arguments, **options)
+        first, second = record.files
+        return dataclasses.replace(record, files=(first, dataclasses.replace(second, parity=FAILED)))
+
+    monkeypatch.setattr(engines.bench, "bench", wrong)
+    outcome = engines_command("receipt", export(), *FAST)
+    assert (outcome.code, "FAIL: 10 of 11 checks hold" in outcome.error) == (1, True), outcome.stderr
+    value = written(tmp_path / "receipt.json")
+    assert [engine["passed"] for engine in value["exports"][0]["engines"]] == [True, True]
+    assert value["passed"] is False
 
 
 def test_an_engine_that_was_tampered_with_is_neither_run_nor_measured(export, machine, engines_command, tmp_path):
@@ -280,6 +303,7 @@ def test_a_receipt_without_a_gpu_says_so_first(export, engines_command, tmp_path
         (["fashion", "fashion"], 2, "a directory is given twice"),
         (["fashion", "--batch", "0"], 2, "--batch"),
         (["fashion", "--duration", "-1"], 2, "--duration"),
+        (["fashion", "--duration", "3.1"], 2, "--duration 3.1: a receipt has every latency, so give up to 3"),
         (["fashion", "--device", "-1"], 2, "GPUs are counted from 0"),
         (["fashion", "--out", "no/such/receipt.json"], 5, "cannot be written"),
     ],
@@ -295,7 +319,17 @@ def test_what_cannot_be_is_one_line(export, machine, engines_command, tmp_path, 
     assert not list(tmp_path.glob("*receipt.json*"))
 
 
-@pytest.mark.parametrize("out", ["no/such/receipt.json", "queue", "empty", "empty/x/../../.."])
+@pytest.mark.parametrize(
+    "out",
+    [
+        "no/such/receipt.json",
+        "queue",
+        "empty",
+        "empty/x/../../..",
+        "fashion/report.json",
+        "fashion/fashion.fp32.engine",
+    ],
+)
 def test_a_place_that_takes_no_receipt_is_refused_before_anything_runs(
     export, machine, engines_command, tmp_path, out, monkeypatch
 ):
@@ -311,7 +345,48 @@ def test_a_place_that_takes_no_receipt_is_refused_before_anything_runs(
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_a_directory_that_takes_no_file_is_refused_before_anything_runs(
+    export, machine, engines_command, tmp_path, monkeypatch
+):
+    machine()
+    export()
+    monkeypatch.setattr(receipt, "receipt_from_folders", lambda _: pytest.fail("it ran"))
+    monkeypatch.setattr(os, "access", lambda path, mode: (pathlib.Path(path), mode) != (tmp_path, os.W_OK | os.X_OK))
+    outcome = engines_command("receipt", "fashion", "--out", tmp_path / "receipt.json")
+    assert (outcome.code, "is read-only" in outcome.error) == (5, True)
+
+
+def test_beside_the_files_of_an_export_there_is_room_for_it(export, machine, engines_command):
+    machine()
+    folder = export()
+    for _ in range(2):
+        assert engines_command("receipt", folder, *FAST, "--out", folder / "receipt.json").code == 0
+
+
+@pytest.mark.parametrize("name", ["a\nb.onnx", "a\\b.onnx", "a\u00a0b.engine", "a\udcff.engine"], ids=ascii)
+def test_a_file_of_a_name_that_no_receipt_can_tell_is_refused_before_anything_runs(
+    export, machine, engines_command, tmp_path, name
+):
+    machine()
+    (export() / name).write_bytes(b"")
+    outcome = engines_command("receipt", "fashion", *FAST)
+    assert (outcome.code, "a receipt cannot tell of a file that is called 'a" in outcome.error) == (3, True)
+    assert not (tmp_path / "receipt.json").exists()
+
+
 # --- what is not in it
+
+
+def test_a_sidecar_that_names_a_directory_of_this_machine_is_not_sent(export, machine, engines_command, tmp_path):
+    """It is told whole, since its SHA-256 must be that of the file: nothing can be left out of it."""
+    machine()
+    sidecar = export() / "fashion.fp16.engine.json"
+    manifest = json.loads(sidecar.read_text())
+    sidecar.write_text(json.dumps(manifest | {"assumptions": {**manifest["assumptions"], "from": f"{tmp_path}/x"}}))
+    outcome = engines_command("receipt", "fashion", *FAST)
+    assert outcome.code == 3
+    assert f"fashion.fp16.engine.json: names {tmp_path}, and a receipt tells all of it" in outcome.error
+    assert not (tmp_path / "receipt.json").exists()
 
 
 @pytest.fixture
@@ -360,7 +435,8 @@ def test_the_environment_is_left_out_of_the_settings(export, machine, monkeypatc
     machine()
     options = engines.bench.Options(batches=(1,), duration=0.1)
     record = receipt.receipt_from_folders(receipt.Request((export(),), options))["exports"][0]["throughput"]
-    assert {setting["name"] for setting in record["settings"]} == {"batch", "duration", "device"}
+    assert {"batch", "duration", "device"} <= {setting["name"] for setting in record["settings"]}
+    assert "environment" not in {setting["source"] for setting in record["settings"]}
     assert "OMP_WAIT_POLICY" in {setting.name for setting in settings_of(options, (1,), with_onnx=False)}
 
 
@@ -375,6 +451,9 @@ def test_the_environment_is_left_out_of_the_settings(export, machine, monkeypatc
         ("exports/me/x.engine and exports/me", "x.engine and exports/me"),
         ("my folder/x.engine in {here}/my folder/deeper/y", "x.engine in y"),
         ("in {here}", "in ."),
+        ("cc -I{here}/deeper/x.h", "cc -Ix.h"),
+        ("PATH=/usr/bin/a:/home/me/bin/b:{here}/c", "PATH=a:b:c"),
+        ("see https://developer.nvidia.com/cuda/x", "see https://developer.nvidia.com/cuda/x"),
         ("SHA-256, tensorrt_rtx 1.7.1.116, sm80", "SHA-256, tensorrt_rtx 1.7.1.116, sm80"),
     ],
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
+import hashlib
+import itertools
 import json
+import os
 import shutil
 import zlib
 
@@ -13,15 +17,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import exporter
+from engines.bench import Options
 from engines.errors import InputRejected
 from engines.json_value import Malformed
+from engines.manifest import manifest_from_file
 from engines.receipts import received, replay_throughput
+from engines.receipts.figures import FIGURES
+from engines.receipts.receipt import Request, receipt_from_folders
 from engines.receipts.received import receipt_from_file
 from engines.receipts.replay import checks_of_receipt
 from engines.receipts.replay_throughput import TOLD, differences
-from tests.engines.pretended_receipts import scaled, sealed, written_receipt
+from tests.conftest import EXAMPLES
+from tests.engines import fake_nvml, pretended_receipts
+from tests.engines.fake_tensorrt import engine_bytes
+from tests.engines.pretended_receipts import (
+    PROFILE,
+    pretended_export,
+    pretended_machine,
+    scaled,
+    sealed,
+    written_receipt,
+)
+from tests.engines.sdk_bindings import FULL
 
-UNSAID = ("cores", "load", "l2_bytes")
+UNSAID = ("load", "l2_bytes")
 HASHED = ("checkpoint", "onnx", "engine")
 
 
@@ -86,14 +106,14 @@ def test_a_sound_receipt_is_consistent_and_what_that_means_is_said(sound, replay
     assert "FAIL" not in outcome.stdout
     assert outcome.stdout.splitlines()[-2:] == [
         "note a receipt can be forged by who wants to; it cannot be wrong by accident",
-        "the receipt is consistent; it says: PASS: 9 of 9 checks hold, 2 not run",
+        "the receipt is consistent; it says: PASS: 11 of 11 checks hold, 2 not run",
     ]
 
 
 def test_a_receipt_of_a_failure_is_consistent_too_and_says_what_failed(failed, replayed):
     outcome = replayed(failed)
     assert outcome.code == 0, outcome.stderr
-    assert outcome.stdout.splitlines()[-1].endswith("it says: FAIL: 8 of 9 checks hold, 2 not run")
+    assert outcome.stdout.splitlines()[-1].endswith("it says: FAIL: 9 of 11 checks hold, 2 not run")
     assert "ok   export, fashion.fp32.engine: relative error 8.59e-03 exceeds 5.0e-06" in outcome.stdout
     assert "ok   export, fashion.fp32.engine, layers: departs first at stage1.2" in outcome.stdout
 
@@ -158,6 +178,7 @@ def unused(place, value):
 
 
 EXPORT = ("exports", 0)
+UNANSWERED = dict.fromkeys(("answers", *FIGURES)) | {"detail": "no GPU answers here"}
 FP32 = (*EXPORT, "engines", 0)
 ROW = (*EXPORT, "throughput", "rows", 3)
 LATER = (*EXPORT, "throughput", "rows", 7)
@@ -210,9 +231,26 @@ def other_times(text):
         ((*FP32, "sidecar"), said_to_be("precision", "fp16"), "fp32 of tensorrt, which its sidecar does not say"),
         ((*FP32, "sidecar"), said_to_be("golden", "golden2.npz"), "text is not that of the file that was hashed"),
         ((*EXPORT, "files", 4, "sha256"), "0" * 64, "text is not that of the file that was hashed"),
-        ((*EXPORT, "files", 4, "name"), "other.json", "text is not that of the file that was hashed"),
+        ((*EXPORT, "files", 4, "name"), "other.json", "fp32.engine: is not among the files, or its sidecar is not"),
+        ((*EXPORT, "files", 4, "bytes"), 1, "text is not that of the file that was hashed"),
+        ((*EXPORT, "files", 0, "bytes"), 1, "fashion.fp16.engine: not as listed, and no finding says so"),
+        ((*EXPORT, "files", 7, "name"), "other.npz", "golden.npz: was read, and is not among the files"),
+        ((*EXPORT, "files", 6, "name"), "other.onnx", "other.onnx: 0 findings of run, and there must be 1"),
+        ((*EXPORT, "findings"), lambda found: found[:-1], "fashion.onnx: 0 findings of run, and there must be 1"),
+        ((*EXPORT, "findings"), lambda found: found + found[-1:], "fashion.onnx: 2 findings of run, and there must be"),
+        ((*EXPORT, "findings"), lambda found: found[1:], "no finding says whether the files are as listed"),
+        ((*EXPORT, "findings", 3, "check"), "looked at", "fashion.fp16.engine: 0 findings of audit"),
+        ((*EXPORT, "findings", 0, "file"), "golden.npz", "no finding says whether the files are as listed"),
         ((*FP32, "sidecar"), lambda text: text + " ", "text is not that of the file that was hashed"),
         ((*FP32, "answers"), None, "there are no answers that they follow from"),
+        (FP32, lambda engine: engine | UNANSWERED, "figures or a verdict are written, and there are no answers"),
+        ((*FP32, "sidecar"), said_to_be("compute_capabilities", [80, 89]), "it answered on sm86, which its sidecar"),
+        ((*EXPORT, "throughput", "tool"), "0.0", "tool: 0.0 is written"),
+        ((*EXPORT, "throughput", "versions"), {}, "versions.python: is missing"),
+        ((*EXPORT, "throughput", "settings", 0, "value"), "1,8", "settings: batch: 1,8 is written, and 1 follows"),
+        ((*EXPORT, "throughput", "rows"), lambda rows: rows[:-1], "fp16.engine, batch 1: is not measured in every way"),
+        ((*ROW, "way"), "by hand", "fashion.fp32.engine, batch 1: is measured in a way that there is not"),
+        ((*ROW, "telemetry"), None, "rows: the card tells nothing of itself"),
         ((*FP32, "layers"), [], "layers are told of an engine that fails, and of no other"),
         ((*FP32, "sidecar"), said_to_be("sha256", dict.fromkeys(HASHED, "0" * 64)), "its sidecar's SHA-256 is not"),
         ((*EXPORT, "throughput"), None, "there is a benchmark, or why there is none"),
@@ -276,6 +314,143 @@ def test_a_layer_that_passes_against_its_figures_is_named(failed, replayed):
     assert "layer stage1.2: passed True is written, and False follows from its figures" in outcome.stdout
 
 
+@pytest.mark.parametrize(
+    ("to", "said"),
+    [
+        (lambda layers: [], "a layer is there twice, or an output is not among them"),
+        (lambda layers: layers[:-1], "a layer is there twice, or an output is not among them"),
+        (lambda layers: [*layers, layers[-1]], "a layer is there twice, or an output is not among them"),
+        (lambda layers: [*layers[:-1], {**layers[-1], "non_finite": 1}], "1 outputs are not finite, and its error is"),
+    ],
+    ids=["none", "no output", "twice", "finite"],
+)
+def test_layers_that_cannot_be_are_named(failed, replayed, to, said):
+    outcome = replayed(sealed(changed(failed, *FP32, "layers", to=to)))
+    assert (outcome.code, said in outcome.stdout) == (1, True)
+
+
+def test_without_a_gpu_no_engine_has_a_verdict(fashion_export, tmp_path, replayed):
+    with written_receipt(fashion_export, tmp_path, with_gpu=False) as value:
+        pass
+    assert replayed(value).code == 0
+    outcome = replayed(sealed(changed(value, *FP32, "passed", to=False)))
+    assert (outcome.code, "figures or a verdict are written" in outcome.stdout) == (1, True)
+
+
+def test_peaks_that_bind_nothing_and_are_not_those_known_here_are_said_to_be(sound, replayed):
+    assert "RTX 3090, its peaks are known" in replayed(sound).stdout
+    outcome = replayed(sealed(changed(sound, "card", "operations_per_second", "int8", to=1e15)))
+    assert (outcome.code, "its peaks are others than those that are known here" in outcome.stdout) == (0, True)
+
+
+def test_an_audit_is_of_a_graph_that_is_there(sound, replayed):
+    audited = changed(sound, *EXPORT, "findings", 3, "passed", to=True)
+    audited = {**audited, "verdict": "PASS: 12 of 12 checks hold, 1 not run"}
+    assert replayed(sealed(audited)).code == 0
+    (place,) = [n for n, file in enumerate(sound["exports"][0]["files"]) if file["name"] == "fashion.fp16.onnx"]
+    other = changed(audited, *EXPORT, "files", place, "sha256", to="0" * 64)
+    assert "fp16.engine: was compared with its graph, which is not among the files" in replayed(sealed(other)).stdout
+
+
+@pytest.fixture
+def receipt_of(fashion_export, tmp_path, monkeypatch, engines_command):
+    """``receipt_of(harm)``: the receipt of an export that was changed after it was made, as a file."""
+
+    def make(harm):
+        pretended_machine(monkeypatch, tmp_path)
+        harm(pretended_export(fashion_export, tmp_path / "fashion"))
+        engines_command("receipt", "fashion", "--batch", "1", "--duration", "0.1")
+        return json.loads((tmp_path / "receipt.json").read_text())
+
+    return make
+
+
+def built_again(folder):
+    sidecar = folder / "fashion.fp16.engine.json"
+    manifest = manifest_from_file(sidecar)
+    content = engine_bytes((folder / "fashion.fp16.onnx").read_bytes(), "tensorrt", FULL[1], PROFILE, seconds=(0.2, 0))
+    (folder / "fashion.fp16.engine").write_bytes(content)
+    digests = {**manifest.sha256, "engine": hashlib.sha256(content).hexdigest()}
+    sidecar.write_text(dataclasses.replace(manifest, sha256=digests).to_json())
+
+
+def test_how_busy_the_machine_was_may_differ_between_exports(fashion_export, tmp_path, monkeypatch, replayed):
+    """It does, since minutes lie between them; nothing else of the machine may."""
+    pretended_machine(monkeypatch, tmp_path)
+    loads = itertools.count(1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    folders = tuple(pretended_export(fashion_export, tmp_path / name) for name in "ab")
+    value = receipt_from_folders(Request(folders, Options(batches=(1,), duration=0.1)))
+    assert [export["throughput"]["machine"]["load"] for export in value["exports"]] == [1, 2]
+    assert replayed(value).code == 0
+    other = changed(value, "exports", 1, "throughput", "machine", "driver", to="1.0")
+    assert "machine.driver: 1.0 is written, and 580.65.06 follows" in replayed(sealed(other)).stdout
+
+
+def test_images_of_several_sizes_are_counted_in_that_which_is_measured(tmp_path, monkeypatch, replayed):
+    """The graph alone does not say how large they are; its profile's optimum is the golden images'."""
+    sizes = [(least, 1, side, side) for least, side in ((1, 28), (4, 32), (8, 40))]
+    monkeypatch.setattr(pretended_receipts, "PROFILE", sizes)
+    source = tmp_path / "source"
+    exporter.export(EXAMPLES / "fashion.pt", source, onnx=True, trt=("fp16",), size="28:32:40")
+    with written_receipt(source, tmp_path, batches=(1,), duration=0.1) as value:
+        pass
+    assert value["exports"][0]["works"].keys() == {"fashion.fp32.engine", "fashion.fp16.engine"}
+    outcome = replayed(value)
+    assert outcome.code == 0, outcome.stderr
+
+
+@pytest.mark.parametrize("name", ["NVIDIA\n| <!-- /verified-on --> \x07 RTX/4090", "\u202eNVIDIA RTX A\u00a02000"])
+def test_a_gpu_of_any_name_has_a_receipt_that_can_be_read(receipt_of, replayed, monkeypatch, name):
+    value = receipt_of(lambda folder: monkeypatch.setitem(fake_nvml.NAMES, 0, name))
+    assert (value["card"], value["machine"]["gpu"].isprintable()) == (None, True)
+    assert replayed(value).code == 0
+
+
+def test_an_engine_that_was_built_again_is_not_as_listed_and_need_not_be(receipt_of, replayed):
+    value = receipt_of(built_again)
+    assert value["passed"] is True
+    assert replayed(value).code == 0
+    (place,) = [n for n, file in enumerate(value["exports"][0]["files"]) if file["name"] == "fashion.fp16.onnx"]
+    outcome = replayed(sealed(changed(value, *EXPORT, "files", place, "listed", "sha256", to="0" * 64)))
+    for name in ("fashion.fp16.engine", "fashion.fp16.engine.json", "fashion.fp16.onnx"):
+        assert f"{name}: not as listed, and no finding says so" in outcome.stdout
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda path: (path / "no.engine").mkdir(), "no.engine: no such engine"),
+        (lambda path: (path / "no.onnx").mkdir(), "no.onnx: "),
+        (lambda path: (path / "golden.npz").write_bytes(b"PK"), "golden.npz: "),
+        (lambda path: (path / "fashion.fp16.onnx").unlink(), "fashion.fp16.onnx: missing"),
+        (lambda path: (path / "report.json").write_text("{}"), "report.json: "),
+        (
+            lambda path: (path / "fashion.fp16.engine.json").write_text("{}", encoding="utf-16"),
+            "fashion.fp16.engine.json: not JSON",
+        ),
+    ],
+    ids=["engine", "graph", "golden", "missing", "report", "sidecar"],
+)
+def test_a_receipt_of_a_damaged_export_is_consistent_and_says_what_is_wrong(receipt_of, replayed, harm, said):
+    value = receipt_of(harm)
+    assert value["passed"] is False
+    outcome = replayed(value)
+    assert outcome.code == 0, outcome.stderr
+    (files,) = [line for line in outcome.stdout.splitlines() if line.startswith("ok   export, files: ")]
+    assert said in files.partition("; it is said that ")[2]
+
+
+def test_a_sidecar_that_names_other_golden_vectors_is_judged_by_those_that_are_told(receipt_of, replayed):
+    def harm(folder):
+        shutil.copy(folder / "golden.npz", folder / "other.npz")
+        golden_of(folder, name="other.npz", outputs=lambda array: array[::-1])
+        sidecar = folder / "fashion.fp16.engine.json"
+        sidecar.write_text(said_to_be("golden", "other.npz")(sidecar.read_text()))
+
+    assert replayed(receipt_of(harm)).code == 0
+
+
 def test_a_warning_that_is_left_out_is_named(sound, replayed):
     """Every second slice takes a tenth longer: the latencies vary, and that must be said."""
 
@@ -336,6 +511,9 @@ def bomb(_):
         ((*ROW, "way"), "launches, compute alone", "rows: expected one or more rows of the files"),
         ((*ROW, "telemetry"), [[]], "telemetry: expected an object"),
         ((*ROW, "telemetry"), {}, "telemetry.seconds: missing"),
+        ((*ROW, "telemetry", "seconds"), None, "telemetry.seconds: expected a number"),
+        (("date",), "2026-19-39T29:59:59Z", "date: expected a time in UTC"),
+        (("machine",), lambda machine: {**machine, "host": "mine"}, "machine.host: not a name that belongs here"),
         ((*ROW, "telemetry", "throttled"), 1.0, "throttled: expected a list"),
         ((*EXPORT, "throughput", "rows"), [], "rows: expected one or more rows"),
     ],
@@ -493,10 +671,18 @@ def test_another_export_is_told_from_it(sound, folder, replayed, tmp_path, harm,
     assert said in outcome.stdout
 
 
-def golden_of(path, images=lambda array: array, outputs=lambda array: array):
-    with np.load(path / "golden.npz") as archive:
+def golden_of(path, name="golden.npz", images=lambda array: array, outputs=lambda array: array):
+    with np.load(path / name) as archive:
         arrays = dict(archive)
-    np.savez(path / "golden.npz", input=images(arrays["input"]), output=outputs(arrays["output"]))
+    np.savez(path / name, input=images(arrays["input"]), output=outputs(arrays["output"]))
+
+
+def test_of_two_exports_with_files_of_one_name_it_is_the_one_that_is_here(sound, folder, replayed):
+    other = changed(sound, *EXPORT, "files", 6, "sha256", to="0" * 64)
+    two = {**sound, "exports": [other["exports"][0], sound["exports"][0]]}
+    outcome = replayed(sealed(two), "--against", folder / "fashion")
+    assert "ok   against fashion, files: 10 files are the same" in outcome.stdout
+    assert "FAIL against" not in outcome.stdout
 
 
 def test_another_export_is_not_said_to_be_a_contradiction_in_the_receipt(sound, folder, replayed, tmp_path):

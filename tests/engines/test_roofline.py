@@ -417,6 +417,14 @@ def test_the_bound_of_two_kernels_by_hand():
     assert operations_per_image([HEAVY, LIGHT]) == 10**9 + 1000
 
 
+@pytest.mark.parametrize(("operations", "kernels"), [(79, (0, 1)), (81, (1, 0))])
+def test_a_kernel_goes_over_from_memory_to_arithmetic_where_they_take_as_long(operations, kernels):
+    """Eighty operations to a byte are the card's own ratio."""
+    bound = bound_of([Work("balanced", operations, 1, 0, 0, "fp16")], CARD, 1)
+    assert (bound.arithmetic_kernels, bound.memory_kernels) == kernels
+    assert bound.seconds == pytest.approx(max(operations / 8e12, 1e-11))
+
+
 @pytest.mark.parametrize(("work", "bandwidth", "peak"), [(LIGHT, 2, 1), (HEAVY, 1, 2)], ids=["memory", "arithmetic"])
 def test_only_what_binds_counts(work, bandwidth, peak):
     """How much longer it takes with half the bandwidth, and with half the peak."""

@@ -167,7 +167,7 @@ def one_changed(value, *, seal):
 @pytest.mark.parametrize(
     ("kind", "error", "said"),
     [
-        ("failed", VerificationFailed, "FAIL: 8 of 9 checks hold, 2 not run: that is no verification"),
+        ("failed", VerificationFailed, "FAIL: 9 of 11 checks hold, 2 not run: that is no verification"),
         ("of_another", VerificationFailed, "none of its exports is of fashion.pt, by its SHA-256"),
         ("without_gpu", VerificationFailed, "no GPU ran anything, so it verifies nothing"),
         ("forged", VerificationFailed, "images_per_second.value"),
