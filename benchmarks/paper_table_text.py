@@ -11,6 +11,7 @@ from benchmarks.paper_table_published import ACCURACY_SOURCE, SPEED_SOURCE, SPEE
 from engines.bench.plot import COLOURS, MARKERS, WIDTH, drawing, svg_from_figure
 from engines.bench.record import FileRow, Row
 from engines.bench.statistics import Estimate
+from engines.bench.text import interval, speed_up_text
 from engines.markdown_text import code, escaped, table
 
 if TYPE_CHECKING:
@@ -137,8 +138,8 @@ def cells_of(network: str, row: FoundRow) -> list[str]:
         row.computed_by,
         f"{row.parameters / 1e6:.2f}",
         f"{row.multiply_accumulates / 1e9:.2f}",
-        _interval(row.images_per_second, "", digits_of(row.images_per_second.value)),
-        _interval(row.speedup, "x", 2) if row.speedup is not None else row.no_speedup or MISSING,
+        interval(row.images_per_second, f"{{:.{digits_of(row.images_per_second.value)}f}}".format),
+        speed_up_text(row.speedup) if row.speedup is not None else row.no_speedup or MISSING,
         MISSING if published is None or row.form != DEPLOYED else str(published.images_per_second),
         MISSING if speed_up is None else f"{speed_up[1] / speed_up[0]:.2f}x ({speed_up[0]} to {speed_up[1]})",
         {True: "pass", False: f"FAIL: {row.parity}", None: f"not checked: {row.parity}"}[row.passed],
@@ -216,8 +217,3 @@ def digits_of(value: float) -> int:
 def _backend(file: FileRow, row: Row) -> str:
     """What computed a file, and how where there are several ways."""
     return "ONNX Runtime" if file.kind == "onnx" else f"engine, {row.way}"
-
-
-def _interval(estimate: Estimate, unit: str, digits: int) -> str:
-    value, low, high = (f"{number:.{digits}f}" for number in (estimate.value, estimate.low, estimate.high))
-    return f"{value}{unit} ({low} to {high})"

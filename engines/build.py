@@ -20,6 +20,7 @@ from engines.compilation import CompilerProcess, Progress
 from engines.compiler import Options, Request
 from engines.errors import InputRejected, OutputFailed, UsageError
 from engines.files import reported_write_errors
+from engines.interrupts import Uninterrupted
 from engines.manifest import sidecar_path
 from engines.sdk import Sdk, check_precision, sdk_for_build
 from engines.sizes import Sizes, check_sizes, text_of_size, text_of_sizes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from engines.sidecar import Origin
 
 DEFAULT_OPTIONS = Options()
+UNINTERRUPTED = Uninterrupted()
 
 UNAVAILABLE = {
     "tensorrt_rtx": {
@@ -50,6 +52,7 @@ def build(
     sizes: Sizes | None = None,
     options: Options = DEFAULT_OPTIONS,
     progress: Progress | None = None,
+    interrupts: Uninterrupted = UNINTERRUPTED,
 ) -> Build:
     """Compiles a typed ONNX file of the exporter into an engine, audits that, and writes its sidecar beside it.
 
@@ -62,6 +65,7 @@ def build(
         sizes: minimum, optimum and maximum (height, width) where the graph leaves them free; None for what it says.
         options: see ``engines.compiler.Options``.
         progress: called as the build goes on.
+        interrupts: is told when files are put into their places.
 
     Raises:
         VerificationFailed: the engine is not what the graph says; it is kept as ``<engine>.rejected``.
@@ -94,7 +98,7 @@ def build(
                 made = process.result(progress)
         except OutputFailed as error:
             raise OutputFailed(str(error).replace(str(partial), str(target))) from error
-        return delivered(made, graph, request, target)
+        return delivered(made, graph, request, target, interrupts)
 
 
 def _check_names(source: pathlib.Path, target: pathlib.Path, options: Options) -> None:

@@ -51,6 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return exit_code_of(_parser, _run, argv, memory_hint="free memory on this machine")
 
 
-def _run(arguments: argparse.Namespace, _interrupts: Interrupts) -> int:
-    code: int = arguments.run(arguments)
+def _run(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
+    code: int = arguments.run(arguments, interrupts)
     return code

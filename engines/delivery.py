@@ -10,6 +10,7 @@ from engines.compilation import Compilation
 from engines.compiler import Request
 from engines.errors import VerificationFailed, listed
 from engines.files import reported_write_errors, sha256_of, synced
+from engines.interrupts import Uninterrupted
 from engines.manifest import Manifest, sidecar_path
 from engines.onnx_file import OnnxFile
 from engines.plan import header_from_file
@@ -33,7 +34,9 @@ class Build:
     prediction: str | None = None
 
 
-def delivered(made: Compilation, graph: OnnxFile, request: Request, target: pathlib.Path) -> Build:
+def delivered(
+    made: Compilation, graph: OnnxFile, request: Request, target: pathlib.Path, interrupts: Uninterrupted
+) -> Build:
     """Audits the engine, and moves it to ``target`` with its sidecar; one that does not pass, to ``*.rejected``.
 
     Args:
@@ -41,6 +44,7 @@ def delivered(made: Compilation, graph: OnnxFile, request: Request, target: path
         graph: what it was compiled from.
         request: what the compiler was asked for.
         target: the engine's final name.
+        interrupts: is told when files are put into their places.
 
     Raises:
         VerificationFailed: the engine is not what ``graph`` says.
@@ -50,6 +54,7 @@ def delivered(made: Compilation, graph: OnnxFile, request: Request, target: path
     audit = audit_of_file(made.engine, *expected_from_onnx(graph))
     if audit.problems:
         rejected = target.with_name(target.name + REJECTED)
+        interrupts.too_late()
         with reported_write_errors(rejected):
             made.engine.replace(rejected)
         found = listed(list(audit.problems), 3)
@@ -71,5 +76,6 @@ def delivered(made: Compilation, graph: OnnxFile, request: Request, target: path
         synced(sidecar)
         earlier = made.engine.parent / ".earlier"
         earlier.mkdir()
+    interrupts.too_late()
     replace_together({made.engine: target, sidecar: sidecar_path(target)}, earlier)
     return Build(target, sidecar_path(target), manifest, audit, made.seconds, made.warnings, predicted)

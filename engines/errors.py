@@ -23,7 +23,7 @@ class ReportedError(Exception):
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(map(_printable, " ".join(message.split()))))
+        super().__init__(printable(" ".join(message.split())))
 
 
 class VerificationFailed(ReportedError):
@@ -68,9 +68,9 @@ class OutputFailed(ReportedError):
     exit_code = 5
 
 
-def _printable(letter: str) -> str:
-    """A letter, or as an escape what a terminal would act on; names of files may hold any."""
-    return letter if letter.isprintable() else ascii(letter)[1:-1]
+def printable(text: str) -> str:
+    """One line, with an escape for every character that cannot be seen, or that a terminal would act on."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def first_line(error: BaseException | str, limit: int = 240) -> str:

@@ -147,6 +147,8 @@ def golden_from_file(path: pathlib.Path) -> Golden:
 def _arrays(path: pathlib.Path) -> dict[str, NDArray[Any]]:
     """``input`` and at least one more."""
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no plain file")
         with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")  # about old headers, which are either read or refused
             with zipfile.ZipFile(file) as archive:

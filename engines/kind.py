@@ -37,6 +37,8 @@ def kind_of_file(path: pathlib.Path) -> str:
     Raises:
         InputRejected: it cannot be read, or is neither.
     """
+    if path.is_dir():
+        raise InputRejected(f"{path}: is a directory; give a file in it")
     if not path.is_file():
         raise InputRejected(f"{path}: no such file; check the path")
     data = memoryview(mapped(path)) if path.stat().st_size else memoryview(b"")

@@ -21,15 +21,14 @@ from collections.abc import Callable, Sequence
 from engines.bench.cautions import warnings_of_files, warnings_of_left_out, warnings_of_row, warnings_of_sizes
 from engines.bench.contenders import Contender, Way, opened_contenders
 from engines.bench.device import Device, device_of
-from engines.bench.machine import machine, versions
+from engines.bench.machine import load_average, machine, versions
 from engines.bench.options import DEFAULT_BATCHES, Options, check_options, settings_of
 from engines.bench.record import FileRow, Parity, Record, Row
 from engines.bench.rounds import measured
 from engines.bench.rows import row_from_measurement
 from engines.bench.speed_ups import with_speed_ups
-from engines.bench.text import printable
 from engines.bench.workload import Workload, workload_of
-from engines.errors import UsageError
+from engines.errors import UsageError, printable
 from engines.kind import ONNX
 from engines.timing import Clock, Queries
 
@@ -67,7 +66,7 @@ def bench(
         DeviceFailed: a call to the GPU failed.
     """
     check_options(options)
-    names = names_of(paths)
+    names, load = names_of(paths), load_average()
     with opened_contenders(list(paths), options, clock) as contenders, contextlib.ExitStack() as resources:
         batches = batches_of(contenders, options)
         device = device_of(contenders, options, resources)
@@ -88,7 +87,7 @@ def bench(
             for contender, name, said, workload in zip(contenders, names, parities, workloads, strict=True)
         ]
         return Record(
-            machine=machine(device),
+            machine=machine(device, load),
             versions=versions(),
             settings=settings_of(
                 options,

@@ -189,14 +189,16 @@ def opened_contenders(paths: list[pathlib.Path], options: Options, clock: Clock)
 
     Raises:
         UsageError: settings of ONNX Runtime, and no ONNX file.
-        InputRejected: a file cannot be run, or takes something else than images; or there are golden vectors beside it
-            that cannot be read, or cannot tell a wrong answer.
+        InputRejected: a file cannot be run, or takes something else than images; or there are golden vectors or a
+            report beside it that cannot be read, or cannot tell a wrong answer.
         SdkMissing: what it runs on is not here.
     """
     if all(kind_of_file(path) != ONNX for path in paths):
         for flag, given in (("--provider", options.provider), ("--threads", options.threads)):
             if given is not None:
                 raise UsageError(f"{flag} is for ONNX files, and only engines are given; leave it out")
+    elif options.device and options.provider in (None, "cpu") and all(kind_of_file(path) == ONNX for path in paths):
+        raise UsageError(f"--device {options.device} is a GPU, and nothing here runs on one; leave it out")
     with contextlib.ExitStack() as resources:
         yield [_opened(path, options, clock, resources) for path in paths]
 
@@ -238,10 +240,7 @@ def _gate(path: pathlib.Path, precision: str, manifest: Manifest | None) -> Gate
     if manifest is not None:
         return gate_of_engine(precision, manifest.tolerance)
     report = path.with_name(REPORT_NAME)
-    try:
-        return gate_of_precision(precision, report_from_file(report) if report.is_file() else None)
-    except InputRejected:
-        return gate_of_precision(precision, None)
+    return gate_of_precision(precision, report_from_file(report) if report.is_file() else None)
 
 
 def _golden(path: pathlib.Path) -> Golden | str:

@@ -41,7 +41,7 @@ def short_names(files: Sequence[str], longest: int = LARGEST_CELL) -> dict[str, 
 
     Files that have one name are numbered in their order. Of more than ``longest`` characters the middle is left out.
     """
-    names = {file: _shortened(plain_line(pathlib.PureWindowsPath(file).name), longest) for file in files}
+    names = {file: _shortened(plain_line(pathlib.PurePosixPath(file).name), longest) for file in files}
     shared = [name for name in names.values() if list(names.values()).count(name) > 1]
     counts = dict.fromkeys(shared, 0)
     for file, name in names.items():

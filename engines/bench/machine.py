@@ -13,12 +13,17 @@ from engines.sdk import versions as sdk_versions
 CPU_INFO = pathlib.Path("/proc/cpuinfo")
 
 
-def machine(device: Device | None) -> dict[str, Any]:
-    """Processor, cores, how busy it was, and the GPU."""
+def load_average() -> float | None:
+    """Processes that ran or waited for a processor, in the mean of the last minute; None where nobody counts them."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def machine(device: Device | None, load: float | None) -> dict[str, Any]:
+    """Processor, cores, how busy they were before, and the GPU."""
     return {
         "cpu": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load": load,
         "gpu": None if device is None else device.name,
         "card": None if device is None or device.card is None else device.card.key,
         "driver": None if device is None else device.driver,

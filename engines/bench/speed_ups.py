@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from engines.bench.record import FileRow, Row
 from engines.bench.statistics import speed_up
+from engines.bench.text import speed_up_text
 
 DIGITS = 2
 """Behind the point, of a speed-up as it is printed."""
@@ -39,5 +40,5 @@ def _with_speed_up(row: Row, reference: Row | None, first: str, passed: Mapping[
             return without(f"{name}: {'parity was not checked' if passed[name] is None else 'parity failed'}")
     found = speed_up(row.measurement.counted, reference.measurement.counted)
     if round(found.low, DIGITS) <= 1 <= round(found.high, DIGITS):
-        return without(f"{found.value:.2f}x ({found.low:.2f} to {found.high:.2f}) cannot be told from 1")
+        return without(f"{speed_up_text(found)} cannot be told from 1")
     return dataclasses.replace(row, speedup=found, against=first)

@@ -122,8 +122,3 @@ def interval(estimate: Estimate, form: Callable[[float], str], unit: str = "") -
 def speed_up_text(estimate: Estimate) -> str:
     """As in ``1.42x (1.38 to 1.45)``."""
     return interval(estimate, "{:.2f}".format, "x")
-
-
-def printable(text: str) -> str:
-    """One line, with an escape for every character that cannot be seen, or that a terminal would act on."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

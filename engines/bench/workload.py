@@ -6,8 +6,7 @@ import dataclasses
 import pathlib
 from typing import TYPE_CHECKING
 
-from engines.bench.text import printable
-from engines.errors import InputRejected, UsageError
+from engines.errors import InputRejected, UsageError, printable
 
 if TYPE_CHECKING:
     from engines.roofline import Bound, Work

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from engines.arguments import integers_from_text
 from engines.errors import InputRejected, OutputFailed, UsageError, VerificationFailed
+from engines.interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     from engines.bench import Options, Record
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     """Measures and prints.
 
     Raises:
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(lines_from_record(record)))
     if report is not None:
+        interrupts.too_late()
         for path in written_report(record, report):
             if not arguments.json:
                 print(f"written to {path}")

@@ -10,6 +10,7 @@ from engines.arguments import batch_from_text, cards_from_text
 from engines.build import build
 from engines.compiler import HARDWARE_COMPATIBILITY, Options
 from engines.errors import VerificationFailed
+from engines.interrupts import Uninterrupted
 from engines.sizes import sizes_from_text
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimization-level", type=int, metavar="N", help="0, the fastest build, to 5")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     """Builds, and prints how and what.
 
     Raises:
@@ -65,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             batch=batch_from_text(arguments.batch),
             sizes=None if arguments.size is None else sizes_from_text(arguments.size),
             options=_options(arguments),
+            interrupts=interrupts,
         )
     except VerificationFailed as failure:
         print(f"FAIL {failure}")

@@ -6,6 +6,7 @@ import argparse
 import pathlib
 
 from engines.errors import InputRejected, OutputFailed
+from engines.interrupts import Uninterrupted
 
 NAME = "golden"
 HELP = "write golden.bin from an export's golden.npz, for repvgg_verify and other programs without numpy"
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", type=pathlib.Path, metavar="DIR", help="an export's directory")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     """Writes the file whole or not at all, and says what is in it.
 
     Raises:
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise InputRejected(f"{target}: no such directory; give that of an export")
     golden = golden_file_from_vectors(target / GOLDEN_NAME)
     path, content = target / GOLDEN_FILE_NAME, golden.to_bytes()
+    interrupts.too_late()
     try:
         write_whole(path, content)
     except OutputFailed as error:

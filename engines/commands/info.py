@@ -7,6 +7,9 @@ import json
 import pathlib
 from typing import TYPE_CHECKING
 
+from engines.errors import printable
+from engines.interrupts import Uninterrupted
+
 if TYPE_CHECKING:
     from engines.inspection import Facts
 
@@ -20,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
     """Prints what there is to say of the file.
 
     Raises:
@@ -48,11 +51,7 @@ def _text(path: pathlib.Path, facts: Facts) -> str:
         first, *others = fact.text.splitlines() or [""]
         lines.append(f"  {fact.key:<{width}}{first}")
         lines += [f"  {'':<{width}}{other}" for other in others]
-    return "\n".join(_printable(line.rstrip()) for line in lines)
-
-
-def _printable(line: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 def _json(path: pathlib.Path, facts: Facts) -> str:

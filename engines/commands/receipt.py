@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from engines.arguments import integers_from_text
 from engines.errors import OutputFailed, UsageError, VerificationFailed
+from engines.interrupts import Uninterrupted
 
 NAME = "receipt"
 HELP = "check, run and measure exports on this machine's GPU, and write all of it into one file to send back"
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     """Writes the receipt, whatever it says, and prints its verdict.
 
     Raises:
@@ -68,6 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     receipt = receipt_from_folders(request)
     content = (json.dumps(receipt, indent=1, allow_nan=False) + "\n").encode()
+    interrupts.too_late()
     write_whole(out, content)
     print(receipt["verdict"])
     print(f"written to {out}, {len(content) / 1e6:.1f} MB; python -m engines replay {out} checks it on any machine")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engines.errors import InputRejected, VerificationFailed, first_line, listed
+from engines.interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     from engines.receipts.replay import Check
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
     """Prints a line per check and what the receipt's own verdict was.
 
     Raises:

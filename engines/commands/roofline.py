@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engines.arguments import LARGEST_BATCH, integers_from_text
-from engines.errors import UsageError
+from engines.errors import UsageError, printable
+from engines.interrupts import Uninterrupted
 from engines.sizes import LARGEST_SIZE, size_from_text, text_of_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
     """Prints a line for each file, card and batch.
 
     Raises:
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         json.dump({"schema": SCHEMA, "measured": False, "note": SAID, "files": files}, sys.stdout, indent=2)
         print()
     else:
-        print("\n".join(_printable(line) for line in _lines(files, cards)))
+        print("\n".join(printable(line) for line in _lines(files, cards)))
     return 0
 
 
@@ -212,8 +213,3 @@ def _table(rows: Sequence[tuple[str, ...]], words: int) -> Iterator[str]:
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield f"  {'  '.join(cells)}".rstrip()
-
-
-def _printable(line: str) -> str:
-    """A file may hold any characters; those that a terminal would act on are shown as escapes."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engines.errors import InputRejected, OutputFailed, UsageError, VerificationFailed
+from engines.interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the answers as JSON, and nothing else, on stdout")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     """Prints, for each image, the most probable classes, or what its feature maps are like.
 
     Raises:
@@ -83,6 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
             if not arguments.json:
                 print("\n".join([str(image), *lines]))
     if arguments.save is not None:
+        interrupts.too_late()
         _save(arguments.save, kept)
     if arguments.json:
         told = {"schema": SCHEMA, "file": str(file), "preprocessing": preprocessing.line, "images": found}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engines.errors import InputRejected, SdkMissing, UsageError, VerificationFailed
+from engines.interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     from engines.verification import Finding
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
     """Prints a line per finding and the verdict.
 
     Raises:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import Any
 
-from engines.bench.text import printable
+from engines.errors import printable
 
 HERE = "."
 """In the place of a directory."""

@@ -19,9 +19,9 @@ CARD_FIELDS = ("key", "title", "compute_capability", "operations_per_second", "b
 
 def machine_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As the first of the benchmarks' ``records`` says, which knows the GPU; else what is known without one."""
-    from engines.bench.machine import machine
+    from engines.bench.machine import load_average, machine
 
-    told: dict[str, Any] = anonymous(records[0]["machine"] if records else machine(None))
+    told: dict[str, Any] = anonymous(records[0]["machine"] if records else machine(None, load_average()))
     return told
 
 

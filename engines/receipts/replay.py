@@ -11,8 +11,8 @@
 Taken as it stands is what follows from nothing else in the file: the date, the versions, the machine, the digests of
 the images, what TOLD names of a benchmark, and what ``engines.receipts.replay_files`` says.
 
-This proves that a receipt is consistent, not that it is honest: it can be forged by who wants to; it cannot be wrong by
-accident.
+This proves that a receipt is consistent, not that it is honest: it can be forged by who wants to; it cannot change by
+accident unseen.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from engines.verification import GOLDEN
 
 OF_ITS_OWN = ("compute_capability", "load")
 """Of a machine: what a benchmark does not tell, and how busy it was, which is another in each one."""
-HONESTY = "a receipt can be forged by who wants to; it cannot be wrong by accident"
+HONESTY = "a receipt can be forged by who wants to; it cannot change by accident unseen"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -602,6 +602,7 @@ def test_the_directory_of_the_report_must_be_there_before_anything_is_measured(b
         (["--size", "big"], "--size: 'big' is not"),
         (["--size", "9"], "--size: "),
         (["--device", "-1"], "device -1: GPUs are counted from 0"),
+        (["--device", "1"], "--device 1 is a GPU, and nothing here runs on one; leave it out"),
         (["--device", "first"], "argument --device: invalid int value: 'first'"),
         (["--fast"], "unrecognized arguments: --fast"),
         (["--dur", "3"], "unrecognized arguments: --dur 3"),
@@ -633,6 +634,7 @@ def test_the_same_file_twice_is_code_2_and_a_missing_one_code_3(bench, a, tmp_pa
     outcome = bench(a, tmp_path / "none.onnx")
     assert outcome.code == 3
     assert outcome.error == f"{tmp_path / 'none.onnx'}: no such file; check the path"
+    assert bench(tmp_path).error == f"{tmp_path}: is a directory; give a file in it"
 
 
 def test_what_is_no_model_is_code_3(bench, a, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -369,6 +370,13 @@ def test_where_nothing_was_checked_nothing_is_said_to_have_passed(measure, a):
     assert record.failures == []
 
 
+def test_how_busy_the_machine_was_is_asked_before_it_is_busy_measuring(sessions, measure, tmp_path, monkeypatch):
+    path = folder_with(tmp_path, "a", onnx_bytes(FREE))
+    monkeypatch.setattr(os, "getloadavg", lambda: (float(len(sessions.batches)), 0.0, 0.0))
+    assert measure(path).machine["load"] == 0
+    assert os.getloadavg()[0] > 0
+
+
 def test_the_gate_is_that_of_the_report_beside_it(sessions, measure, fashion_export, tmp_path):
     folder = shutil.copytree(fashion_export, tmp_path / "f")
     path, report = folder / "fashion.onnx", folder / "report.json"
@@ -381,6 +389,9 @@ def test_the_gate_is_that_of_the_report_beside_it(sessions, measure, fashion_exp
     assert file.parity.passed is True
     assert "gate 1.0e-04" in file.parity.detail
     report.write_text("{")
+    with pytest.raises(InputRejected, match=r"report\.json: "):
+        measure(path)
+    report.unlink()
     assert "gate 5.0e-06" in measure(path).files[0].parity.detail
 
 

@@ -192,7 +192,7 @@ def test_the_same_record_gives_the_same_bytes_whatever_matplotlib_is_set_to(svg)
 
 
 def test_nothing_personal_and_no_date_gets_into_it_and_the_background_is_white():
-    rows = [row(r"C:\Users\SECRET\a.onnx", 1, 30.0), row("/home/SECRET/b.onnx", 1, 30.0)]
+    rows = [row("C:/Users/SECRET/a.onnx", 1, 30.0), row("/home/SECRET/b.onnx", 1, 30.0)]
     svg = svg_from_record(record_of(*rows)).decode()
     assert "SECRET" not in svg
     assert "<dc:date>" not in svg
@@ -210,6 +210,7 @@ def test_files_of_one_name_are_told_apart():
     assert short_names(["x/a.onnx", "b.onnx", "y/a.onnx", "a.onnx"]) == {
         "x/a.onnx": "a.onnx (1)", "b.onnx": "b.onnx", "y/a.onnx": "a.onnx (2)", "a.onnx": "a.onnx (3)",
     }  # fmt: skip
+    assert short_names([r"x/a\x1b[31m.onnx"]) == {r"x/a\x1b[31m.onnx": r"a\x1b[31m.onnx"}
 
 
 def test_of_long_names_the_middle_is_left_out_and_they_are_told_apart():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import pathlib
 import shlex
 import signal
 import subprocess
@@ -17,9 +18,10 @@ import pytest
 from engines import errors
 from engines.cli import COMMANDS, main
 from engines.commands import verify
+from engines.interrupts import Interrupts
 from engines.version import VERSION
 from exporter.version import VERSION as EXPORTER_VERSION
-from tests.conftest import ROOT, run_process
+from tests.conftest import EXAMPLES, ROOT, run_process
 
 
 def test_help_names_every_command_and_exit_code(tmp_path):
@@ -94,7 +96,7 @@ CODES = {
 
 
 def raising(error):
-    def run(_):
+    def run(*_):
         raise error
 
     return run
@@ -119,7 +121,7 @@ def test_a_standard_output_that_is_closed_is_no_defect(fashion_export):
 
 
 def test_a_signal_that_an_import_took_for_a_missing_package_is_an_interruption(monkeypatch):
-    def interrupted(_):
+    def interrupted(*_):
         with contextlib.suppress(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
@@ -174,7 +176,7 @@ def test_a_signal_ends_it_with_one_line_and_130(number):
         from engines import cli
         from engines.commands import verify
 
-        def wait(_):
+        def wait(*_):
             print("waiting", flush=True)
             time.sleep(60)
 
@@ -188,3 +190,38 @@ def test_a_signal_ends_it_with_one_line_and_130(number):
         process.send_signal(number)
         _, stderr = process.communicate(timeout=20)
     assert (process.returncode, stderr) == (130, "error: interrupted; nothing was written\n")
+
+
+WRITING = {
+    "golden": ("golden fashion", ["fashion/golden.bin"]),
+    "run": (f"run fashion/fashion.onnx {EXAMPLES / 'ankle_boot.png'} --save out.npz", ["out.npz"]),
+    "build": ("build fashion/fashion.fp16.onnx --out b.engine --gpu sm86", ["b.engine", "b.engine.json"]),
+    "bench": (
+        "bench fashion/fashion.onnx --batch 1 --duration 0.01 --report fashion",
+        [f"fashion/{name}" for name in ("bench.json", "bench.svg", "report.md")],
+    ),
+    "receipt": ("receipt fashion --allow-no-gpu --out r.json", ["r.json"]),
+}
+
+
+@pytest.mark.parametrize("heeded", [False, True], ids=["", "heeded all the same"])
+@pytest.mark.parametrize("command", WRITING)
+def test_what_is_written_is_never_called_unwritten(engines_command, fashion, tmp_path, monkeypatch, command, heeded):
+    """A signal comes as the first file gets its name; ``heeded`` shows what would be said if it were not too late."""
+    line, names = WRITING[command]
+    (fashion / "report.md").unlink()
+    replace = pathlib.Path.replace
+
+    def interrupted(self, target):
+        replace(self, target)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(pathlib.Path, "replace", interrupted)
+    if heeded:
+        monkeypatch.setattr(Interrupts, "too_late", lambda self: None)
+    outcome = engines_command(*line.split())
+    if heeded:
+        assert (outcome.code, outcome.error) == (130, "interrupted; nothing was written")
+    else:
+        assert (outcome.code, outcome.stderr) == (0, "")
+        assert [name for name in names if not (tmp_path / name).is_file()] == []

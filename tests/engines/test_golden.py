@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -98,6 +99,12 @@ def test_what_cannot_be_the_vectors_is_refused(tmp_path, arrays, said):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputRejected, match=r"golden\.npz: no such file, so there is nothing to compare with"):
+        golden_from_file(tmp_path / "golden.npz")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "golden.npz")
+    with pytest.raises(InputRejected, match=r"golden\.npz: not an \.npz of input and outputs \(it is no plain file\)"):
         golden_from_file(tmp_path / "golden.npz")
 
 

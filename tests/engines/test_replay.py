@@ -105,7 +105,7 @@ def test_a_sound_receipt_is_consistent_and_what_that_means_is_said(sound, replay
     assert (outcome.code, outcome.stderr) == (0, "")
     assert "FAIL" not in outcome.stdout
     assert outcome.stdout.splitlines()[-2:] == [
-        "note a receipt can be forged by who wants to; it cannot be wrong by accident",
+        "note a receipt can be forged by who wants to; it cannot change by accident unseen",
         "the receipt is consistent; it says: PASS: 11 of 11 checks hold, 2 not run",
     ]
 
