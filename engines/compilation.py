@@ -1,8 +1,8 @@
 """One compilation as its caller sees it: a fresh process is asked for an engine, and answers (``engines.compiler``).
 
 with CompilerProcess(sdk) as process:      starts it; it imports the SDK meanwhile
-process.submit(request)                returns at once
-made = process.result(progress)        waits
+    process.submit(request)                returns at once
+    made = process.result(progress)        waits
 """
 
 from __future__ import annotations

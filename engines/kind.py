@@ -19,8 +19,8 @@ from engines.plan import SDK_TAGS, mapped
 from engines.protobuf import LENGTH, VARINT, fields
 
 ONNX = "onnx"
-ENGINE_SUFFIX = ".engine"
-GRAPH_SUFFIXES = (".onnx", ".rtx.onnx")
+ENGINE_SUFFIX, ONNX_SUFFIX = ".engine", ".onnx"
+GRAPH_SUFFIXES = (ONNX_SUFFIX, ".rtx.onnx")
 """In place of an engine's; the second is for TensorRT for RTX alone."""
 
 MODEL_GRAPH = 7
@@ -49,7 +49,7 @@ def kind_of_file(path: pathlib.Path) -> str:
         return "tensorrt"
     if _is_model(data):
         return ONNX
-    problem = "not a whole ONNX file" if path.suffix == ".onnx" else "neither an ONNX file nor a TensorRT engine"
+    problem = "not a whole ONNX file" if path.suffix == ONNX_SUFFIX else "neither an ONNX file nor a TensorRT engine"
     raise InputRejected(f"{path}: {problem}; export it again")
 
 

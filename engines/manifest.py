@@ -100,7 +100,7 @@ def manifest_from_value(value: Value) -> Manifest:
         Malformed: a field is missing, wrong, unknown, or contradicts another.
     """
     schema = value.field("schema")
-    if not isinstance(schema.value, int) or schema.value is True or schema.value != SCHEMA:
+    if schema.whole_number() != SCHEMA:
         raise schema.wrong(f"{SCHEMA}, the only schema that this version reads")
     fields = value.fields("schema", *(field.name for field in dataclasses.fields(Manifest)))
     manifest = Manifest(

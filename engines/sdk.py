@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from engines.errors import SdkMissing, UsageError
 
 RTX_CARDS = (75, 80, 86, 89, 120, 121)
-RTX_DEFAULT_CARDS = (80, 86, 89, 120, 121)
 TURING = 75
 
 

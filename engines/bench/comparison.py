@@ -33,7 +33,7 @@ from engines.kind import ONNX
 from engines.timing import Clock, Queries
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Lane:
     """One row in the making."""
 
@@ -80,10 +80,8 @@ def bench(
                 parities[place].append(parity)
             rows += found
             told(f"measured batch {batch}: {len(found)} rows, {sum(row.queries for row in found)} queries that count")
-        for place, contender in enumerate(contenders):
-            parities[place].insert(0, contender.parity_of_all())
         files = [
-            _file_row(contender, name, _together(said), workload)
+            _file_row(contender, name, _together([contender.parity_of_all(), *said]), workload)
             for contender, name, said, workload in zip(contenders, names, parities, workloads, strict=True)
         ]
         return Record(

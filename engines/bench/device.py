@@ -11,16 +11,14 @@ import contextlib
 import dataclasses
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engines.bench.contenders import ON_DEVICE, Contender
 from engines.bench.options import Options
 from engines.bench.rounds import SLICE, WINDOWS, warmed_up
 from engines.bench.telemetry import Nvml, Sample, Unavailable
+from engines.roofline.cards import Card, card_of_device
 from engines.timing import Clock, Queries
-
-if TYPE_CHECKING:
-    from engines.roofline.cards import Card
 
 IDLE = "gpu idle"
 """A reason for low clocks that says nothing of a card that is at work."""
@@ -76,8 +74,6 @@ def device_of(contenders: Sequence[Contender], options: Options, resources: cont
         options: with the GPU's index.
         resources: ends the use of NVML.
     """
-    from engines.roofline.cards import card_of_device
-
     on_gpu = any(contender.ways == ON_DEVICE for contender in contenders) or options.provider not in (None, "cpu")
     if not on_gpu:
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from engines.arguments import LARGEST_BATCH
 from engines.backends.onnx_runtime import check_provider
@@ -58,7 +58,7 @@ def check_options(options: Options) -> None:
     if options.threads is not None and options.provider not in (None, "cpu"):
         raise UsageError(f"--threads is for ONNX Runtime on the CPU, and --provider is {options.provider}")
     if not 0 <= options.device < MOST_DEVICES:
-        raise UsageError(f"device {options.device}: GPUs are counted from 0, and none has this number")
+        raise UsageError(f"--device {options.device}: GPUs are counted from 0, and none has this number")
     if not 0 < options.duration <= LARGEST_DURATION:
         raise UsageError(f"--duration {options.duration:g}: give seconds, above 0 and up to {LARGEST_DURATION:g}")
     if options.size is not None and not all(1 <= extent <= LARGEST_SIZE for extent in options.size):
@@ -68,21 +68,19 @@ def check_options(options: Options) -> None:
 def settings_of(
     options: Options,
     batches: tuple[int, ...],
-    sizes: Sequence[Size] = (),
+    sizes: Sequence[Size],
     *,
     with_onnx: bool,
-    with_gpu: bool = True,
-    environment: Mapping[str, str] = os.environ,
+    with_gpu: bool,
 ) -> tuple[Setting, ...]:
     """Everything that was set, chosen or left alone.
 
     Args:
         options: as asked for.
         batches: that were measured.
-        sizes: of each file's images; none leaves them out.
+        sizes: of each file's images.
         with_onnx: ONNX files are among the files, so that ONNX Runtime's settings matter.
         with_gpu: something is computed on a GPU, so that it matters which.
-        environment: variables of the process.
     """
     found = [
         Setting("batch", ",".join(map(str, batches)), _source("--batch", is_default=options.batches is None)),
@@ -90,9 +88,8 @@ def settings_of(
     ]
     if with_gpu:
         found.append(Setting("device", str(options.device), _source("--device", is_default=options.device == 0)))
-    if sizes:
-        several = ", ".join(dict.fromkeys(map(text_of_size, sizes)))
-        found.append(Setting("size", several, "file, else golden.npz" if options.size is None else "--size"))
+    several = ", ".join(dict.fromkeys(map(text_of_size, sizes)))
+    found.append(Setting("size", several, "file, else golden.npz" if options.size is None else "--size"))
     if with_onnx:
         provider = check_provider(options.provider)
         found.append(Setting("provider", provider, _source("--provider", is_default=options.provider is None)))
@@ -102,7 +99,7 @@ def settings_of(
             found.append(Setting("threads", "its own choice", "ONNX Runtime"))
         if provider == "cpu":
             found.append(Setting("spinning threads", NOT_SPINNING, "bench"))
-    found += [Setting(name, environment[name], "environment") for name in ENVIRONMENT if name in environment]
+    found += [Setting(name, os.environ[name], "environment") for name in ENVIRONMENT if name in os.environ]
     return tuple(found)
 
 

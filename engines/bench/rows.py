@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,10 +11,8 @@ from engines.bench.record import Bound, Row
 from engines.bench.rounds import Measurement
 from engines.bench.statistics import Estimate, latency_percentiles, queries_per_second, variation
 from engines.bench.workload import Workload
+from engines.roofline.cards import Card
 from engines.timing import COMPUTE, D2H, H2D
-
-if TYPE_CHECKING:
-    from engines.roofline.cards import Card
 
 MILLISECONDS = 1e3
 

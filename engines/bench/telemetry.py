@@ -1,9 +1,9 @@
 """What a GPU says of itself through NVML: clocks, heat, power, energy, and what holds its clocks back.
 
 The package is nvidia-ml-py. NVML counts cards in another order than CUDA does, and knows nothing of
-CUDA_VISIBLE_DEVICES; a card is therefore found by its place on the PCI bus. What a card does not tell is None: most
-GeForce cards have no application clocks, and cards before Volta count no energy. Power is the driver's own average
-over some tens of milliseconds or more; over a span of time the difference of ``energy_joules`` is the better figure.
+CUDA_VISIBLE_DEVICES; a card is therefore found by its place on the PCI bus. What a card does not tell is None: cards
+before Volta count no energy. Power is the driver's own average over some tens of milliseconds or more; over a span of
+time the difference of ``energy_joules`` is the better figure.
 """
 
 from __future__ import annotations
@@ -32,14 +32,11 @@ class Unavailable:
 
 @dataclasses.dataclass(frozen=True)
 class CardDescription:
-    """What stays the same: clocks in MHz, power in watts; ``application_sm_clock_mhz`` is what the clock is set to."""
+    """What stays the same."""
 
     name: str | None
     driver: str | None
     maximum_sm_clock_mhz: int | None
-    maximum_memory_clock_mhz: int | None
-    application_sm_clock_mhz: int | None
-    power_limit_w: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +86,12 @@ class Nvml:
         self._words = reason_words(pynvml)
 
     def description(self) -> CardDescription:
-        """Its name, its driver, and its limits."""
+        """Its name, its driver, and how high its clock goes."""
         pynvml, handle = self._pynvml, self._handle
-        limit = self._told(pynvml.nvmlDeviceGetEnforcedPowerLimit, handle)
         return CardDescription(
             name=self._told(pynvml.nvmlDeviceGetName, handle),
             driver=self._told(pynvml.nvmlSystemGetDriverVersion),
             maximum_sm_clock_mhz=self._told(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
-            maximum_memory_clock_mhz=self._told(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-            application_sm_clock_mhz=self._told(pynvml.nvmlDeviceGetApplicationsClock, handle, pynvml.NVML_CLOCK_SM),
-            power_limit_w=None if limit is None else limit / 1e3,
         )
 
     def sample(self) -> Sample:

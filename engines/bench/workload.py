@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING
 
 from engines.errors import InputRejected, UsageError, printable
-
-if TYPE_CHECKING:
-    from engines.roofline import Bound, Work
-    from engines.roofline.cards import Card
-    from engines.sizes import Size
+from engines.roofline import Bound, PeakUnknown, Work, bound_of, bytes_per_image, operations_per_image, works_of_file
+from engines.roofline.cards import Card
+from engines.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,20 +21,14 @@ class Workload:
     @property
     def operations_per_image(self) -> int | None:
         """Two for each multiply-accumulate."""
-        from engines.roofline import operations_per_image
-
         return None if self.problem is not None else operations_per_image(self.works)
 
     def bytes_per_image(self, batch: int) -> float | None:
         """Activations, and an image's share of the weights."""
-        from engines.roofline import bytes_per_image
-
         return None if self.problem is not None else bytes_per_image(self.works, batch)
 
     def bound(self, card: Card, batch: int) -> Bound | None:
         """The least time for a batch on the card; None where it has no peak for a dtype, or nothing is known."""
-        from engines.roofline import PeakUnknown, bound_of
-
         if self.problem is not None:
             return None
         try:
@@ -48,8 +39,6 @@ class Workload:
 
 def workload_of(path: pathlib.Path, size: Size | None) -> Workload:
     """Reads it off the graph; what cannot be counted is no reason not to measure."""
-    from engines.roofline import works_of_file
-
     try:
         return Workload(works_of_file(path, size))
     except (InputRejected, UsageError) as error:

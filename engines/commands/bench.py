@@ -72,19 +72,16 @@ def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
 
 def options_from_arguments(arguments: argparse.Namespace) -> Options:
     """The options of the command line."""
-    from engines.bench import Options
+    from engines.bench.options import DURATION, Options
     from engines.sizes import size_from_text
 
-    given = {
-        "batches": None if arguments.batch is None else integers_from_text("--batch", arguments.batch, ","),
-        "duration": arguments.duration,
-        "size": None if arguments.size is None else size_from_text(arguments.size),
-    }
     return Options(
+        batches=None if arguments.batch is None else integers_from_text("--batch", arguments.batch, ","),
         provider=arguments.provider,
         threads=arguments.threads,
         device=arguments.device,
-        **{name: value for name, value in given.items() if value is not None},
+        size=None if arguments.size is None else size_from_text(arguments.size),
+        duration=DURATION if arguments.duration is None else arguments.duration,
     )
 
 

@@ -47,17 +47,15 @@ def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     from engines.files import write_whole
     from engines.receipts.receipt import Request, receipt_from_folders
 
-    if arguments.device < 0:
-        raise UsageError(f"--device {arguments.device}: GPUs are counted from 0")
     out: pathlib.Path = arguments.out
     check_out(out, arguments.folders)
     if len({folder.resolve() for folder in arguments.folders}) < len(arguments.folders):
         raise UsageError("a directory is given twice")
-    given = {
-        "batches": arguments.batch and integers_from_text("--batch", arguments.batch, ","),
-        "duration": arguments.duration,
-    }
-    options = Options(device=arguments.device, **{name: value for name, value in given.items() if value is not None})
+    options = Options(
+        batches=None if arguments.batch is None else integers_from_text("--batch", arguments.batch, ","),
+        device=arguments.device,
+        duration=DURATION if arguments.duration is None else arguments.duration,
+    )
     check_options(options)
     if options.duration > DURATION:
         raise UsageError(
@@ -85,6 +83,8 @@ def check_out(out: pathlib.Path, folders: Sequence[pathlib.Path] = ()) -> None:
         OutputFailed: its directory is not there or takes no file, or something else stands in its place, as a device
             or a file of an export does.
     """
+    from engines.receipts.receipt import file_names
+
     if not out.parent.is_dir():
         raise OutputFailed(f"{out}: cannot be written, {out.parent} is no directory; give --out in one that is there")
     if not os.access(out.parent, os.W_OK | os.X_OK):
@@ -92,7 +92,5 @@ def check_out(out: pathlib.Path, folders: Sequence[pathlib.Path] = ()) -> None:
     if out.exists() and not out.is_file():
         raise OutputFailed(f"{out}: cannot be written, it is no plain file; give --out another name")
     for folder in folders:
-        from engines.receipts.receipt import file_names
-
         if folder.resolve() == out.parent.resolve() and out.name in file_names(folder):
             raise OutputFailed(f"{out}: cannot be written, it is a file of the export; give --out another name")

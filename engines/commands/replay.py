@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engines.errors import InputRejected, VerificationFailed, first_line, listed
+from engines.errors import VerificationFailed, listed
 from engines.interrupts import Uninterrupted
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
         InputRejected: the receipt cannot be read.
     """
     from engines.json_value import Malformed
-    from engines.receipts.received import receipt_from_file
+    from engines.receipts.received import damaged, receipt_from_file
     from engines.receipts.replay import HONESTY, checks_against, checks_of_receipt
 
     path: pathlib.Path = arguments.receipt
@@ -44,9 +44,7 @@ def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
     try:
         checks = list(checks_of_receipt(receipt))
     except Malformed as error:
-        raise InputRejected(
-            f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again"
-        ) from error
+        raise damaged(path, error) from error
     held = [] if arguments.against is None else list(checks_against(receipt, arguments.against))
     for check in (*checks, *held):
         print(

@@ -9,15 +9,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engines.arguments import LARGEST_BATCH, integers_from_text
-from engines.errors import UsageError, printable
+from engines.arguments import integers_from_text
+from engines.errors import printable
 from engines.interrupts import Uninterrupted
-from engines.sizes import LARGEST_SIZE, size_from_text, text_of_size
+from engines.sizes import size_from_text
 
 if TYPE_CHECKING:
     from engines.roofline.cards import Card
     from engines.roofline.fused_kernels import Work
-    from engines.sizes import Size
 
 NAME = "roofline"
 HELP = "predict the least time on cards that are not here, from the graph and the makers' peaks; nothing is measured"
@@ -51,11 +50,13 @@ def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
         UsageError: a card, batch or size that there is not.
         InputRejected: a file cannot be read, or its work cannot be counted.
     """
+    from engines.bench.options import Options, check_options
     from engines.roofline import works_of_file
 
-    batches = _batches(arguments.batch)
+    batches = tuple(dict.fromkeys(integers_from_text("--batch", arguments.batch, ",")))
     cards = _cards(arguments.gpu)
-    size = None if arguments.size is None else _size(arguments.size)
+    size = None if arguments.size is None else size_from_text(arguments.size)
+    check_options(Options(batches=batches, size=size))
     counted = [(path, works_of_file(path, size)) for path in arguments.files]
     files = [_file(path, works, cards, batches, layers=arguments.layers) for path, works in counted]
     if arguments.json:
@@ -66,24 +67,10 @@ def run(arguments: argparse.Namespace, _interrupts: Uninterrupted) -> int:
     return 0
 
 
-def _batches(text: str) -> tuple[int, ...]:
-    batches = tuple(dict.fromkeys(integers_from_text("--batch", text, ",")))
-    if not all(1 <= batch <= LARGEST_BATCH for batch in batches):
-        raise UsageError(f"--batch {text}: give whole numbers from 1 to {LARGEST_BATCH}, with commas")
-    return batches
-
-
 def _cards(text: str | None) -> tuple[Card, ...]:
     from engines.roofline.cards import CARDS, card_from_key
 
     return CARDS if text is None else tuple({card.key: card for card in map(card_from_key, text.split(","))}.values())
-
-
-def _size(text: str) -> Size:
-    size = size_from_text(text)
-    if not all(1 <= extent <= LARGEST_SIZE for extent in size):
-        raise UsageError(f"--size {text_of_size(size)}: give N or HxW, from 1 to {LARGEST_SIZE}")
-    return size
 
 
 def _file(
@@ -124,7 +111,7 @@ def _prediction(works: Sequence[Work], card: Card, batch: int, *, layers: bool) 
 
 
 def _layer(work: Work, card: Card, batch: int) -> dict[str, Any]:
-    from engines.roofline import seconds_of_kernel
+    from engines.roofline import binding_limit, seconds_of_kernel
 
     arithmetic, memory = seconds_of_kernel(work, card, batch)
     return {
@@ -135,7 +122,7 @@ def _layer(work: Work, card: Card, batch: int) -> dict[str, Any]:
         "weight_bytes": work.weight_bytes,
         "arithmetic_milliseconds": arithmetic * MILLI,
         "memory_milliseconds": memory * MILLI,
-        "binds": "arithmetic" if arithmetic > memory else "memory",
+        "binds": binding_limit(arithmetic, memory),
     }
 
 

@@ -7,6 +7,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engines.bench.machine import load_average, machine, versions
 from engines.receipts.anonymous import anonymous
 from engines.roofline.cards import CARDS
 
@@ -19,8 +20,6 @@ CARD_FIELDS = ("key", "title", "compute_capability", "operations_per_second", "b
 
 def machine_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """As the first of the benchmarks' ``records`` says, which knows the GPU; else what is known without one."""
-    from engines.bench.machine import load_average, machine
-
     told: dict[str, Any] = anonymous(records[0]["machine"] if records else machine(None, load_average()))
     return told
 
@@ -34,8 +33,6 @@ def card_of(records: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def versions_of(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Python's, the libraries' and the driver's, as far as they are here."""
-    from engines.bench.machine import versions
-
     found: dict[str, str] = dict(records[0]["versions"] if records else versions())
     for name in GPU_PACKAGES:
         try:

@@ -17,16 +17,17 @@ import datetime
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from engines.bench import Options, bench
 from engines.errors import InputRejected, ReportedError, SdkMissing
 from engines.files import sha256_of
 from engines.golden import GOLDEN_NAME, INPUT, golden_from_file
 from engines.integrity import checked_engine
 from engines.judgement import gate_of_engine, judgement, telling_golden
-from engines.kind import ENGINE_SUFFIX
+from engines.kind import ENGINE_SUFFIX, ONNX_SUFFIX
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
 from engines.parity import GATES
 from engines.receipts.anonymous import anonymous, directory_in, without_directories
@@ -44,15 +45,12 @@ from engines.receipts.layer_by_layer import layers_of_engine
 from engines.receipts.machine import card_of, machine_of, versions_of
 from engines.receipts.packing import packed_array
 from engines.receipts.raw_rows import raw_from_measurement
-from engines.receipts.replay_files import ONNX_SUFFIX
 from engines.report_file import REPORT_NAME, ListedFile, report_from_file
+from engines.roofline import works_of_file
 from engines.runner import load
 from engines.sdk import gpu_compute_capability
 from engines.verification import RUN, Verification, answers_to_golden
 from engines.version import VERSION
-
-if TYPE_CHECKING:
-    from engines.bench import Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,8 +249,6 @@ def _layers(path: pathlib.Path, device: int) -> dict[str, Any]:
 
 def _throughput(engines: Sequence[pathlib.Path], request: Request) -> tuple[dict[str, Any] | None, str | None]:
     """The benchmark's record without what is the environment's, or why there is none."""
-    from engines.bench import bench
-
     try:
         record = bench(engines, request.options, told=request.told)
     except ReportedError as error:
@@ -266,8 +262,6 @@ def _throughput(engines: Sequence[pathlib.Path], request: Request) -> tuple[dict
 
 def _works(engines: Sequence[pathlib.Path]) -> dict[str, Any]:
     """By file, what each kernel computes and moves for a golden image; none where its graph cannot be counted."""
-    from engines.roofline import works_of_file
-
     found = {}
     for path in engines:
         try:

@@ -11,8 +11,8 @@ import datetime
 import hashlib
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,8 @@ from engines.parity import GATES
 from engines.receipts.figures import DIGEST, FIGURES, SCHEMA, Layer, digest_of
 from engines.receipts.packing import unpacked_array
 from engines.roofline.fused_kernels import Work
+
+T = TypeVar("T")
 
 LARGEST_RECEIPT = 1 << 28
 MOST_VALUES = 1 << 21
@@ -117,14 +119,17 @@ def receipt_from_file(path: pathlib.Path) -> ReceivedReceipt:
     try:
         return _receipt(value_from_bytes(content))
     except (Malformed, RecursionError) as error:
-        raise InputRejected(
-            f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again"
-        ) from error
+        raise damaged(path, error) from error
+
+
+def damaged(path: pathlib.Path, error: Exception) -> InputRejected:
+    """The error for a receipt in which ``error`` was found."""
+    return InputRejected(f"{path}: {first_line(error)}; this receipt is damaged or was edited: ask for it again")
 
 
 def _receipt(value: Value) -> ReceivedReceipt:
     schema = value.field("schema")
-    if schema.value != SCHEMA or isinstance(schema.value, bool):
+    if schema.whole_number() != SCHEMA:
         raise schema.wrong(f"{SCHEMA}, the only schema that this version reads")
     fields = value.fields(
         "ran_on_gpu", "schema", "tool", "date", "machine", "versions", "card", "exports", "passed", "verdict", DIGEST
@@ -133,7 +138,6 @@ def _receipt(value: Value) -> ReceivedReceipt:
     if not _is_date(date):
         raise fields["date"].wrong("a time in UTC such as 2026-01-31T12:00:00Z")
     machine = fields["machine"].fields(*MACHINE_FIELDS)
-    capability = machine["compute_capability"]
     exports = fields["exports"].entries()
     if not exports:
         raise fields["exports"].wrong("one or more exports")
@@ -141,8 +145,8 @@ def _receipt(value: Value) -> ReceivedReceipt:
         ran_on_gpu=fields["ran_on_gpu"].boolean(),
         tool=fields["tool"].text(),
         date=date,
-        compute_capability=None if capability.value is None else capability.whole_number(least=10),
-        machine={name: _told(entry) for name, entry in machine.items()},
+        compute_capability=optional(machine["compute_capability"], lambda number: number.whole_number(least=10)),
+        machine={name: optional(entry, _text_or_number) for name, entry in machine.items()},
         versions={name: text.text() for name, text in fields["versions"].items().items()},
         card=fields["card"],
         exports=tuple(_export(export) for export in exports),
@@ -162,10 +166,12 @@ def _is_date(text: str) -> bool:
     return _DATE.fullmatch(text) is not None
 
 
-def _told(value: Value) -> Any:
-    """A number, a text, or null."""
-    if value.value is None:
-        return None
+def optional(value: Value, read: Callable[[Value], T]) -> T | None:
+    """What ``read`` makes of it; None for null."""
+    return None if value.value is None else read(value)
+
+
+def _text_or_number(value: Value) -> str | float:
     return value.text() if isinstance(value.value, str) else value.number()
 
 
@@ -184,7 +190,7 @@ def _export(value: Value) -> ReceivedExport:
         reference=reference,
         engines=engines,
         throughput=None if throughput.value is None else throughput,
-        throughput_problem=_optional_text(fields["throughput_problem"]),
+        throughput_problem=optional(fields["throughput_problem"], Value.text),
         works={name: tuple(map(_work, works.entries())) for name, works in fields["works"].items().items()},
     )
 
@@ -193,11 +199,12 @@ def _file(value: Value) -> ReceivedFile:
     fields = value.fields("name", "bytes", "sha256", "listed")
     missing = fields["bytes"].value is None and fields["sha256"].value is None
     found = None if missing else (_count(fields["bytes"]), fields["sha256"].sha256())
-    listed = None
-    if fields["listed"].value is not None:
-        inner = fields["listed"].fields("bytes", "sha256")
-        listed = (_count(inner["bytes"]), inner["sha256"].sha256())
-    return ReceivedFile(fields["name"].file_name(), found, listed)
+    return ReceivedFile(fields["name"].file_name(), found, optional(fields["listed"], _listed))
+
+
+def _listed(value: Value) -> tuple[int, str]:
+    fields = value.fields("bytes", "sha256")
+    return _count(fields["bytes"]), fields["sha256"].sha256()
 
 
 def _count(value: Value) -> int:
@@ -212,17 +219,9 @@ def _finding(value: Value) -> dict[str, Any]:
     return {
         "file": fields["file"].file_name(),
         "check": fields["check"].text(),
-        "passed": _passed(fields["passed"]),
+        "passed": optional(fields["passed"], Value.boolean),
         "detail": fields["detail"].text(),
     }
-
-
-def _passed(value: Value) -> bool | None:
-    return None if value.value is None else value.boolean()
-
-
-def _optional_text(value: Value) -> str | None:
-    return None if value.value is None else value.text()
 
 
 def _golden(value: Value) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]] | None]:
@@ -239,6 +238,14 @@ def _golden(value: Value) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64
     return images, outputs
 
 
+FIGURE_READERS: Mapping[str, Callable[[Value], Any]] = {
+    "passed": Value.boolean,
+    "detail": Value.text,
+    "non_finite": _count,
+}
+"""Of an engine; its other figures are numbers."""
+
+
 def _engine(value: Value) -> ReceivedEngine:
     fields = value.fields("file", "sidecar", "answers", *FIGURES, "layers", "layers_problem")
     answers = fields["answers"]
@@ -246,13 +253,11 @@ def _engine(value: Value) -> ReceivedEngine:
         raise fields["sidecar"].wrong("its text, since the engine was run")
     return ReceivedEngine(
         file=fields["file"].file_name(),
-        sidecar=None if fields["sidecar"].value is None else _sidecar(fields["sidecar"]),
-        answers=None
-        if answers.value is None
-        else {name: unpacked_array(answer, "float32") for name, answer in answers.items().items()},
-        figures={name: _figure(name, fields[name]) for name in FIGURES},
-        layers=None if fields["layers"].value is None else tuple(map(_layer, fields["layers"].entries())),
-        layers_problem=_optional_text(fields["layers_problem"]),
+        sidecar=optional(fields["sidecar"], _sidecar),
+        answers=optional(answers, _answers),
+        figures={name: optional(fields[name], FIGURE_READERS.get(name, Value.number)) for name in FIGURES},
+        layers=optional(fields["layers"], lambda layers: tuple(map(_layer, layers.entries()))),
+        layers_problem=optional(fields["layers_problem"], Value.text),
     )
 
 
@@ -270,11 +275,8 @@ def _sidecar(value: Value) -> ReceivedSidecar:
     return ReceivedSidecar(manifest, (len(content), hashlib.sha256(content).hexdigest()))
 
 
-def _figure(name: str, value: Value) -> Any:
-    if value.value is None:
-        return None
-    readers = {"passed": Value.boolean, "detail": Value.text, "non_finite": _count}
-    return readers.get(name, Value.number)(value)
+def _answers(value: Value) -> dict[str, NDArray[np.float32]]:
+    return {name: unpacked_array(answer, "float32") for name, answer in value.items().items()}
 
 
 def _layer(value: Value) -> Layer:

@@ -34,7 +34,6 @@ from engines.parity import GATES
 from engines.receipts.figures import (
     Layer,
     engine_figures,
-    finite,
     first_departure,
     golden_from_reference,
     layer_passes,
@@ -42,7 +41,7 @@ from engines.receipts.figures import (
     verdict_of,
 )
 from engines.receipts.machine import CARD_FIELDS, NOT_OF_A_BENCHMARK
-from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedReceipt
+from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedReceipt, optional
 from engines.receipts.replay_files import file_problems
 from engines.receipts.replay_throughput import check_amount, differences, record_problems
 from engines.roofline.cards import CARDS, PRECISIONS, Card, card_of_device
@@ -149,10 +148,9 @@ def _card(receipt: ReceivedReceipt) -> tuple[Card | None, list[str]]:
         device_names=(),
         compute_capability=fields["compute_capability"].whole_number(least=10),
         operations_per_second={
-            name: None if peak.value is None else peak.number(above=0) for name, peak in peaks.items()
+            name: optional(peak, lambda number: number.number(above=0)) for name, peak in peaks.items()
         },
         bytes_per_second=fields["bytes_per_second"].number(above=0),
-        l2_bytes=None,
         sources=(),
         notes="",
     )
@@ -258,7 +256,7 @@ def _layer_problems(engine: ReceivedEngine) -> Iterator[str]:
         yield "a layer is there twice, or an output is not among them"
     gate = gate_of_engine(engine.sidecar.manifest.precision, engine.sidecar.manifest.tolerance)
     for layer in engine.layers or ():
-        passes = layer_passes(gate, finite(layer.relative_error), finite(layer.sqnr_db), layer.non_finite)
+        passes = layer_passes(gate, layer.relative_error, layer.sqnr_db, layer.non_finite)
         if layer.non_finite and math.isfinite(layer.relative_error):
             yield f"layer {layer.name}: {layer.non_finite} outputs are not finite, and its error is"
         if passes is not layer.passed:

@@ -17,13 +17,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from engines.golden import GOLDEN_NAME
-from engines.kind import ENGINE_SUFFIX
+from engines.kind import ENGINE_SUFFIX, ONNX_SUFFIX
 from engines.manifest import sidecar_path
 from engines.receipts.received import ReceivedEngine, ReceivedExport, ReceivedFile
 from engines.report_file import REPORT_NAME
 from engines.verification import AUDIT, GOLDEN, INTEGRITY, LISTED, RUN
-
-ONNX_SUFFIX = ".onnx"
 
 
 def file_problems(export: ReceivedExport) -> Iterator[str]:

@@ -22,7 +22,7 @@ from engines.bench.speed_ups import with_speed_ups
 from engines.bench.workload import Workload
 from engines.json_value import Malformed, Value
 from engines.receipts.raw_rows import measurement_from_raw, queries_of
-from engines.receipts.received import ReceivedExport
+from engines.receipts.received import ReceivedExport, optional
 from engines.roofline.cards import Card
 from engines.roofline.fused_kernels import Work
 
@@ -175,17 +175,15 @@ def _file_problems(files: Sequence[FileRow], export: ReceivedExport) -> Iterator
 def _file_row(value: Value) -> FileRow:
     fields = value.fields(*(field.name for field in dataclasses.fields(FileRow)))
     parity = fields["parity"].fields("passed", "detail")
-    passed = parity["passed"]
-    operations, size = fields["operations_per_image"].value, fields["bytes"].value
     return FileRow(
         file=fields["file"].file_name(),
         sha256=fields["sha256"].sha256(),
-        bytes=size,
+        bytes=fields["bytes"].value,
         precision=fields["precision"].text(),
         kind=fields["kind"].text(),
         load_seconds=fields["load_seconds"].number(),
-        parity=Parity(None if passed.value is None else passed.boolean(), parity["detail"].text()),
-        operations_per_image=operations,
+        parity=Parity(optional(parity["passed"], Value.boolean), parity["detail"].text()),
+        operations_per_image=fields["operations_per_image"].value,
     )
 
 
@@ -202,7 +200,6 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
     """The row that its facts give, still without a speed-up."""
     facts = {name: value.field(name) for name in ROW_FACTS}
     file, batch = facts["file"].file_name(), facts["batch"].whole_number(least=1)
-    telemetry = facts["telemetry"]
     return row_from_measurement(
         measurement_from_raw(facts["raw"]),
         file=file,
@@ -211,17 +208,16 @@ def _row_again(value: Value, works: Mapping[str, tuple[Work, ...]], card: Card |
         first_seconds=facts["first_seconds"].number(),
         workload=_workload(works, file),
         card=card,
-        telemetry=None if telemetry.value is None else _telemetry(telemetry),
+        telemetry=optional(facts["telemetry"], _telemetry),
     )
 
 
 def _telemetry(value: Value) -> dict[str, Any]:
     """Told by the card; where it counts energy, its power follows from that of an image, the images and the seconds."""
     fields = value.fields(*TELEMETRY, THROTTLED)
-    told: dict[str, Any] = {name: None if fields[name].value is None else fields[name].number() for name in TELEMETRY}
+    told: dict[str, Any] = {name: optional(fields[name], Value.number) for name in TELEMETRY}
     images, seconds = (fields[name].number(above=0) for name in ("images", "seconds"))
     if told["joules_per_image"] is not None:
         told["power_w"] = told["joules_per_image"] * images / seconds
-    reasons = fields[THROTTLED]
-    told[THROTTLED] = None if reasons.value is None else [reason.text() for reason in reasons.entries()]
+    told[THROTTLED] = optional(fields[THROTTLED], lambda reasons: [reason.text() for reason in reasons.entries()])
     return told

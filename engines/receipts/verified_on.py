@@ -15,11 +15,11 @@ import urllib.parse
 from collections.abc import Iterable, Sequence
 
 from engines.bench.contenders import ON_DEVICE
-from engines.errors import InputRejected, ReportedError, UsageError, VerificationFailed, first_line, listed
+from engines.errors import ReportedError, UsageError, VerificationFailed, listed
 from engines.files import sha256_of, write_whole
 from engines.json_value import Malformed
 from engines.markdown_text import Markup, table
-from engines.receipts.received import ReceivedExport, ReceivedReceipt, receipt_from_file
+from engines.receipts.received import ReceivedExport, ReceivedReceipt, damaged, receipt_from_file
 from engines.receipts.replay import checks_of_receipt
 
 BEGIN, END = "<!-- verified-on -->", "<!-- /verified-on -->"
@@ -56,7 +56,7 @@ def sound_receipt(path: pathlib.Path, shipped: str) -> ReceivedReceipt:
     try:
         problems = [f"{check.place}: {problem}" for check in checks_of_receipt(receipt) for problem in check.problems]
     except Malformed as error:
-        raise InputRejected(f"{path}: {first_line(error)}; this receipt is damaged or was edited") from error
+        raise damaged(path, error) from error
     if problems:
         raise VerificationFailed(f"{path}: does not follow from its own raw data: {listed(problems, 3)}; remove it")
     if not receipt.ran_on_gpu:

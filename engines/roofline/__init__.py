@@ -5,6 +5,7 @@ from __future__ import annotations
 from engines.roofline.bound import (
     Bound,
     PeakUnknown,
+    binding_limit,
     bound_of,
     bytes_per_image,
     operations_per_image,
@@ -17,6 +18,7 @@ __all__ = [
     "Bound",
     "PeakUnknown",
     "Work",
+    "binding_limit",
     "bound_of",
     "bytes_per_image",
     "operations_per_image",

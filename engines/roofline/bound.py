@@ -38,6 +38,11 @@ class PeakUnknown(ValueError):
     """The card's peak for a precision is not known; the message is one line without an end mark."""
 
 
+def binding_limit(arithmetic: float, memory: float) -> str:
+    """Which of the two takes longer: "arithmetic" or "memory"."""
+    return ARITHMETIC if arithmetic > memory else MEMORY
+
+
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """The least time that a batch takes: ``seconds``, the sum of what goes into kernels that either limit binds."""
@@ -55,7 +60,7 @@ class Bound:
     @property
     def binds(self) -> str:
         """What limits the larger part of the time: "arithmetic" or "memory"."""
-        return ARITHMETIC if self.arithmetic_seconds > self.memory_seconds else MEMORY
+        return binding_limit(self.arithmetic_seconds, self.memory_seconds)
 
 
 def works_of_file(path: pathlib.Path, size: Size | None = None) -> tuple[Work, ...]:
@@ -97,7 +102,7 @@ def bound_of(works: Sequence[Work], card: Card, batch: int) -> Bound:
     seconds: dict[str, list[float]] = {ARITHMETIC: [], MEMORY: []}
     for work in works:
         arithmetic, memory = seconds_of_kernel(work, card, batch)
-        seconds[ARITHMETIC if arithmetic > memory else MEMORY].append(max(arithmetic, memory))
+        seconds[binding_limit(arithmetic, memory)].append(max(arithmetic, memory))
     return Bound(
         arithmetic_seconds=math.fsum(seconds[ARITHMETIC]),
         memory_seconds=math.fsum(seconds[MEMORY]),

@@ -21,7 +21,7 @@ from engines.json_value import Malformed, Value, value_from_bytes
 FILE_NAME = "cards.json"
 SCHEMA = 1
 PRECISIONS = ("fp32", "fp16", "int8")
-TERA, GIGA, MEBI = 10**12, 10**9, 2**20
+TERA, GIGA = 10**12, 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,6 @@ class Card:
         compute_capability: 89 for 8.9.
         operations_per_second: the peak by precision; None where it is not known.
         bytes_per_second: of its memory.
-        l2_bytes: of its L2 cache; None where it is not known.
         sources: the documents that state it.
         notes: what must be known beside them; may be empty.
     """
@@ -46,7 +45,6 @@ class Card:
     compute_capability: int
     operations_per_second: Mapping[str, float | None]
     bytes_per_second: float
-    l2_bytes: int | None
     sources: tuple[str, ...]
     notes: str
 
@@ -81,32 +79,26 @@ def _check_unique(field: str, names: Sequence[tuple[str, ...]], entries: Sequenc
 def _card(entry: Value) -> Card:
     fields = entry.fields(
         "key", "title", "device_names", "compute_capability", "tera_operations_per_second", "gigabytes_per_second",
-        "l2_mebibytes", "sources", "notes",
+        "sources", "notes",
     )  # fmt: skip
     names, sources = (tuple(value.text() for value in fields[name].entries()) for name in ("device_names", "sources"))
     if not names or not sources:
         raise fields["sources" if names else "device_names"].wrong("a list of one or more texts")
     peaks = fields["tera_operations_per_second"].fields(*PRECISIONS)
-    cache = _positive(fields["l2_mebibytes"])
     return Card(
         key=fields["key"].text(),
         title=fields["title"].text(),
         device_names=names,
         compute_capability=fields["compute_capability"].whole_number(least=10),
-        operations_per_second={name: _scaled(_positive(peaks[name]), TERA) for name in PRECISIONS},
+        operations_per_second={name: _peak(peaks[name]) for name in PRECISIONS},
         bytes_per_second=fields["gigabytes_per_second"].number(above=0) * GIGA,
-        l2_bytes=None if cache is None else round(cache * MEBI),
         sources=sources,
         notes="" if fields["notes"].value == "" else fields["notes"].text(),
     )
 
 
-def _positive(value: Value) -> float | None:
-    return None if value.value is None else value.number(above=0)
-
-
-def _scaled(number: float | None, unit: int) -> float | None:
-    return None if number is None else number * unit
+def _peak(value: Value) -> float | None:
+    return None if value.value is None else value.number(above=0) * TERA
 
 
 CARDS = cards_from_json(importlib.resources.files("engines.roofline").joinpath(FILE_NAME).read_bytes())

@@ -134,10 +134,8 @@ def _window(operation: Operation, extents: Sequence[int], kernel: Sequence[int])
         if room < 0:
             raise ValueError(f"a window of {list(kernel)} on {list(extents)}")
         steps = -(-room // strides[axis]) if rounded_up else room // strides[axis]
-        if (
-            rounded_up and steps * strides[axis] >= extent + begin
-        ):  # a window must begin inside, or in the front padding
-            steps -= 1
+        if rounded_up and steps * strides[axis] >= extent + begin:
+            steps -= 1  # a window must begin inside, or in the front padding
         results.append(steps + 1)
     return tuple(results)
 

@@ -41,7 +41,6 @@ def test_the_uses_of_nvml_are_found():
     assert uses == {
         ("nvmlInit", 0), ("nvmlShutdown", 0), ("nvmlSystemGetDriverVersion", 0), ("nvmlDeviceGetName", 1),
         ("nvmlDeviceGetHandleByPciBusId", 1), ("nvmlDeviceGetMaxClockInfo", 2), ("nvmlDeviceGetClockInfo", 2),
-        ("nvmlDeviceGetApplicationsClock", 2), ("nvmlDeviceGetEnforcedPowerLimit", 1),
         ("nvmlDeviceGetPowerUsage", 1), ("nvmlDeviceGetTemperature", 2), ("nvmlDeviceGetTotalEnergyConsumption", 1),
         ("nvmlDeviceGetCurrentClocksEventReasons", 1), ("nvmlDeviceGetCurrentClocksThrottleReasons", 1),
         ("NVML_CLOCK_SM", None), ("NVML_CLOCK_MEM", None), ("NVML_TEMPERATURE_GPU", None), ("NVMLError", None),

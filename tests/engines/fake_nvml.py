@@ -102,18 +102,12 @@ class FakeNvml:
     def _nvmlDeviceGetMaxClockInfo(self, handle: int, kind: int) -> int:
         return {real.NVML_CLOCK_SM: 2175, real.NVML_CLOCK_MEM: 8001}[kind]
 
-    def _nvmlDeviceGetApplicationsClock(self, handle: int, kind: int) -> int:
-        return {real.NVML_CLOCK_SM: 1800, real.NVML_CLOCK_MEM: 7501}[kind]
-
     def _nvmlDeviceGetTemperature(self, handle: int, sensor: int) -> int:
         assert sensor == real.NVML_TEMPERATURE_GPU
         return self._now().celsius
 
     def _nvmlDeviceGetPowerUsage(self, handle: int) -> int:
         return round(self._now().watts * 1e3)
-
-    def _nvmlDeviceGetEnforcedPowerLimit(self, handle: int) -> int:
-        return 130_000
 
     def _nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:
         return round(self.joules() * 1e3)

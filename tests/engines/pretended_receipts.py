@@ -16,7 +16,6 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-import engines.bench
 from engines import verification
 from engines.bench import Options
 from engines.manifest import Manifest, manifest_from_file, sidecar_path
@@ -56,7 +55,7 @@ def pretended_machine(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path, har
     machine.cuda.costs = Costs(to_device=1e-6, to_host=1e-6, launches=2e-3, graph_launch=0.5e-3)
     for module in (receipt, verification, layer_by_layer):
         monkeypatch.setattr(module, "gpu_compute_capability", lambda _=0: CAPABILITY)
-    monkeypatch.setattr(engines.bench, "bench", functools.partial(engines.bench.bench, clock=machine.cuda.clock))
+    monkeypatch.setattr(receipt, "bench", functools.partial(receipt.bench, clock=machine.cuda.clock))
 
     def compile_copy(copy: pathlib.Path, engine: pathlib.Path, *_: object) -> None:
         engine.write_bytes(pretended_engine(copy.read_bytes(), "fp32", harm))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 
-from engines.bench.cautions import warnings_of_row
+from engines.bench.cautions import warnings_of_left_out, warnings_of_row
+from engines.bench.contenders import ON_DEVICE
 from tests.engines.bench_records import ROW
 
 WHERE = "a.onnx, batch 8, numpy to numpy"
@@ -47,6 +49,22 @@ def test_what_limits_a_row_s_figures_is_said(changes, said):
 )
 def test_of_a_quiet_row_nothing_is_said(changes):
     assert warnings_of_row(dataclasses.replace(ROW, **changes)) == []
+
+
+@pytest.mark.parametrize("lost", [("a.engine", 2), ("b.engine", 8)])
+def test_a_way_that_one_file_lacks_at_one_batch_is_said_of_that_alone(lost):
+    names = ["a.engine", "b.engine"]
+    rows = [
+        dataclasses.replace(ROW, file=name, batch=batch, way=way.title)
+        for name in names
+        for batch in (2, 8)
+        for way in ON_DEVICE
+        if (name, batch) != lost or not way.graph
+    ]
+    assert warnings_of_left_out([types.SimpleNamespace(ways=ON_DEVICE)] * 2, names, rows) == [
+        f"{lost[0]}, batch {lost[1]}: left out, no CUDA graph could be recorded: CUDA graph, with transfers; "
+        f"CUDA graph, compute alone"
+    ]
 
 
 def test_everything_is_said_at_once():

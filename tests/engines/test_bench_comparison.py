@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from engines.bench import Options, bench, lines_from_record, rounds
+from engines.bench import Options, bench, lines_from_record, rounds, workload
 from engines.bench.comparison import names_of
 from engines.bench.contenders import ON_HOST
 from engines.errors import DeviceFailed, InputRejected, SdkMissing, UsageError
@@ -514,6 +514,8 @@ def test_a_size_is_held_to_the_extents_that_are_fixed(measure, tmp_path):
     with pytest.raises(UsageError, match=r"^--size.*wide\.onnx"):
         measure(path, size=(12, 12))
     assert measure(path, size=(12, 8)).rows[0].queries > 0
+    save_golden(path.parent, images(size=(12, 8)))
+    assert measure(path).files[0].parity.passed is True
 
 
 # --- files that are none
@@ -668,8 +670,8 @@ def test_threads_and_provider_reach_the_session_and_are_told(sessions, measure, 
         ({"duration": 3601.0}, "--duration 3601: give seconds, above 0 and up to 3600"),
         ({"size": (0, 8)}, "--size 0x8: give N or HxW, from 1 to 4096"),
         ({"size": (8, 4097)}, "--size 8x4097: give N or HxW, from 1 to 4096"),
-        ({"device": -1}, "device -1: GPUs are counted from 0"),
-        ({"device": 1 << 70}, f"device {1 << 70}: GPUs are counted from 0"),
+        ({"device": -1}, "--device -1: GPUs are counted from 0"),
+        ({"device": 1 << 70}, f"--device {1 << 70}: GPUs are counted from 0"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_before_anything_is_opened(sessions, measure, a, options, said):
@@ -727,12 +729,10 @@ def test_that_weights_stand_in_another_file_is_said(measure, tmp_path):
 
 
 def test_a_graph_whose_work_cannot_be_counted_is_measured_all_the_same(monkeypatch, measure, a):
-    import engines.roofline
-
     def refused(path, size):
         raise InputRejected(f"{path}: has a Loop \x1b[2J, whose work nobody knows")
 
-    monkeypatch.setattr(engines.roofline, "works_of_file", refused)
+    monkeypatch.setattr(workload, "works_of_file", refused)
     record = measure(a)
     assert record.warnings == ("a.onnx: no bound is known: has a Loop \\x1b[2J, whose work nobody knows",)
     assert record.files[0].operations_per_image is None

@@ -80,13 +80,10 @@ def test_a_card_has_sources_and_a_name_that_its_maker_gives_it(card):
     assert all(source.startswith("NVIDIA, ") for source in card.sources)
     assert card.device_names[0].startswith(("NVIDIA ", "Tesla T4"))
     assert 60 <= card.compute_capability <= 121
-    assert card.l2_bytes is None or 2**21 <= card.l2_bytes <= 2**27
     assert re.fullmatch("[a-z0-9-]+", card.key)
 
 
-def test_what_is_not_known_is_not_there():
-    assert [card.key for card in CARDS if card.l2_bytes is None] == ["l40s", "a30"]
-    assert BY_KEY["l4"].l2_bytes == 48 * 2**20
+def test_figures_are_in_operations_and_bytes_a_second():
     assert BY_KEY["l4"].operations_per_second == {"fp32": 30.3 * TERA, "fp16": 121 * TERA, "int8": 242.5 * TERA}
     assert BY_KEY["l4"].bytes_per_second == 300 * GIGA
 
@@ -172,7 +169,6 @@ DAMAGED = {
     ),
     "a precision too few": (changed([*PEAKS, "int8"], ...), r"\.int8: missing"),
     "a precision too many": (changed([*PEAKS, "fp8"], 1), r"\.fp8: not a name that belongs here"),
-    "a cache of 0": (changed([*FIRST, "l2_mebibytes"], 0), r"l2_mebibytes: expected a number above 0"),
     "a capability of text": (changed([*FIRST, "compute_capability"], "7.5"), "compute_capability: expected a whole"),
     "no sources": (changed([*FIRST, "sources"], []), r"sources: expected a list of one or more texts"),
     "no names": (changed([*FIRST, "device_names"], []), r"device_names: expected a list of one or more texts"),

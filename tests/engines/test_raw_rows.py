@@ -66,3 +66,10 @@ def test_other_queries_in_a_window_that_counts_are_found_out():
     raw["rounds"][-1] += 1
     with pytest.raises(Malformed, match="expected"):
         measurement_from_raw(Value(raw))
+
+
+def test_a_part_that_no_query_has_is_refused():
+    raw = raw_from_measurement(measurement_of(0, 9, 2, 5))
+    raw["parts"]["launch"] = raw["parts"].pop("h2d")
+    with pytest.raises(Malformed, match="parts: expected h2d, compute and d2h"):
+        measurement_from_raw(Value(raw))

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-import engines.bench
+from engines.bench import Options
 from engines.bench.options import settings_of
 from engines.bench.record import Parity
 from engines.errors import CompilerRefused, DeviceFailed
@@ -217,7 +217,7 @@ def test_a_benchmark_that_ends_in_an_error_is_a_failure_with_its_reason(
     def fail(*_, **__):
         raise DeviceFailed(f"{tmp_path}/fashion/fashion.fp32.engine: cudaGraphLaunch failed: planted")
 
-    monkeypatch.setattr(engines.bench, "bench", fail)
+    monkeypatch.setattr(receipt, "bench", fail)
     assert engines_command("receipt", export(), *FAST).code == 1
     value = written(tmp_path / "receipt.json")
     assert value["verdict"] == "FAIL: 9 of 10 checks hold, 2 not run"
@@ -229,14 +229,14 @@ def test_answers_that_are_wrong_while_they_are_timed_fail_the_receipt(
 ):
     """In a batch of other images, or launched as a graph: nothing else computes that."""
     machine()
-    measure = engines.bench.bench
+    measure = receipt.bench
 
     def wrong(*arguments, **options):
         record = measure(*arguments, **options)
         first, second = record.files
         return dataclasses.replace(record, files=(first, dataclasses.replace(second, parity=FAILED)))
 
-    monkeypatch.setattr(engines.bench, "bench", wrong)
+    monkeypatch.setattr(receipt, "bench", wrong)
     outcome = engines_command("receipt", export(), *FAST)
     assert (outcome.code, "FAIL: 10 of 11 checks hold" in outcome.error) == (1, True), outcome.stderr
     value = written(tmp_path / "receipt.json")
@@ -304,7 +304,7 @@ def test_a_receipt_without_a_gpu_says_so_first(export, engines_command, tmp_path
         (["fashion", "--batch", "0"], 2, "--batch"),
         (["fashion", "--duration", "-1"], 2, "--duration"),
         (["fashion", "--duration", "3.1"], 2, "--duration 3.1: a receipt has every latency, so give up to 3"),
-        (["fashion", "--device", "-1"], 2, "GPUs are counted from 0"),
+        (["fashion", "--device", "-1"], 2, "--device -1: GPUs are counted from 0"),
         (["fashion", "--out", "no/such/receipt.json"], 5, "cannot be written"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -406,7 +406,7 @@ def told(export, machine, engines_command, tmp_path, monkeypatch):
         def fail(paths, *_, **__):
             raise DeviceFailed(f"{paths[0]}: planted; see '/home/jane.roe/.cache/x.log' and /var/lib/nvidia")
 
-        monkeypatch.setattr(engines.bench, "bench", fail)
+        monkeypatch.setattr(receipt, "bench", fail)
         assert engines_command("receipt", folder, *FAST).code == 1
         return (tmp_path / "receipt.json").read_text()
 
@@ -433,11 +433,12 @@ def test_the_environment_is_left_out_of_the_settings(export, machine, monkeypatc
     """A benchmark alone tells it."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     machine()
-    options = engines.bench.Options(batches=(1,), duration=0.1)
+    options = Options(batches=(1,), duration=0.1)
     record = receipt.receipt_from_folders(receipt.Request((export(),), options))["exports"][0]["throughput"]
     assert {"batch", "duration", "device"} <= {setting["name"] for setting in record["settings"]}
     assert "environment" not in {setting["source"] for setting in record["settings"]}
-    assert "OMP_WAIT_POLICY" in {setting.name for setting in settings_of(options, (1,), with_onnx=False)}
+    told = settings_of(options, (1,), [(28, 28)], with_onnx=False, with_gpu=True)
+    assert "OMP_WAIT_POLICY" in {setting.name for setting in told}
 
 
 @pytest.mark.parametrize(

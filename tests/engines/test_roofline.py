@@ -393,7 +393,6 @@ CARD = Card(
     compute_capability=80,
     operations_per_second={"fp32": 1e12, "fp16": 8e12, "int8": None},
     bytes_per_second=1e11,
-    l2_bytes=None,
     sources=("none",),
     notes="",
 )

@@ -13,8 +13,6 @@ import pytest
 from engines import sdk as sdk_module
 from engines.errors import ReportedError, SdkMissing, UsageError
 from engines.sdk import (
-    RTX_CARDS,
-    RTX_DEFAULT_CARDS,
     SDKS,
     Sdk,
     gpu_compute_capability,
@@ -51,7 +49,7 @@ def machine(monkeypatch):
         (("tensorrt",), 90, None, (90,), FULL),
         (BOTH, 86, "tensorrt_rtx", (), RTX),
         (BOTH, 86, "tensorrt_rtx", (89,), RTX),
-        (BOTH, None, "tensorrt_rtx", RTX_DEFAULT_CARDS, RTX),
+        (BOTH, None, "tensorrt_rtx", (80, 86, 89, 120, 121), RTX),
         (BOTH, None, "tensorrt_rtx", (75,), RTX),
         (BOTH, None, "tensorrt_rtx", (75, 75), RTX),
         (BOTH, 86, "tensorrt", (86, 86), FULL),
@@ -103,11 +101,6 @@ def test_what_cannot_be_built_here_says_why_and_what_to_do(machine, installed, c
     assert type(raised.value) is kind
     assert str(raised.value) == message
     assert raised.value.exit_code == (2 if kind is UsageError else 4)
-
-
-def test_the_default_cards_are_all_but_turing():
-    assert set(RTX_CARDS) - set(RTX_DEFAULT_CARDS) == {75}
-    assert set(RTX_DEFAULT_CARDS) < set(RTX_CARDS)
 
 
 def test_an_installed_module_is_found_without_being_imported(tmp_path, monkeypatch):
