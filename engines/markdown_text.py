@@ -54,3 +54,10 @@ def _one_line(text: str) -> str:
 def _escape(match: re.Match[str]) -> str:
     char = match[0]
     return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(char, f"\\{char}")
+
+
+def around_markers(text: str, begin: str, end: str) -> tuple[str, str] | None:
+    """What stands before and behind a place between two marks; None where they are not there once each, in order."""
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    return (before, after) if found and text.count(begin) == text.count(end) == 1 else None

@@ -15,7 +15,7 @@ from engines.bench.record import PLOT_NAME, Bound, FileRow, Record, Row
 from engines.bench.statistics import PERCENTILES, Estimate
 from engines.bench.text import MISSING, PARTS, figure, interval, machine_text, speed_up_text
 from engines.errors import InputRejected, listed
-from engines.markdown_text import Markup, escaped, table
+from engines.markdown_text import Markup, around_markers, escaped, table
 
 BEGIN, END = "<!-- throughput -->", "<!-- /throughput -->"
 RESULTS = {True: "pass", False: Markup("**FAIL**"), None: "not checked"}
@@ -35,14 +35,14 @@ def report_with_section(report: str, section: str) -> str:
         InputRejected: one marker without the other, or the two more than once.
     """
     marked = f"{BEGIN}\n{section.strip()}\n{END}\n"
-    before, begin, rest = report.partition(BEGIN)
-    inside, end, after = rest.partition(END)
-    if not begin and END not in report:
+    if BEGIN not in report and END not in report:
         return f"{report.rstrip()}\n\n{marked}" if report.strip() else marked
-    if not end or END in before or BEGIN in inside or BEGIN in after or END in after:
+    around = around_markers(report, BEGIN, END)
+    if around is None:
         raise InputRejected(
             f"report.md: {BEGIN} and {END} do not stand there once each, in this order; remove them, or export again"
         )
+    before, after = around
     return before + marked + after.removeprefix("\n")
 
 

@@ -18,7 +18,7 @@ from engines.bench.contenders import ON_DEVICE
 from engines.errors import ReportedError, UsageError, VerificationFailed, listed
 from engines.files import sha256_of, write_whole
 from engines.json_value import Malformed
-from engines.markdown_text import Markup, table
+from engines.markdown_text import Markup, around_markers, table
 from engines.receipts.received import ReceivedExport, ReceivedReceipt, damaged, receipt_from_file
 from engines.receipts.replay import checks_of_receipt
 
@@ -116,10 +116,10 @@ def with_table(readme: str, shown: str) -> str:
     Raises:
         UsageError: the comments that mark the place are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
+    around = around_markers(readme, BEGIN, END)
+    if around is None:
         raise UsageError(f"the place of the table is not marked; put {BEGIN} and {END} there, on lines of their own")
+    before, after = around
     return f"{before}{BEGIN}\n{shown}{END}{after}"
 
 
