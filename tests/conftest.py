@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import onnx
 import pytest
 import torch
 from hypothesis import settings
 
+from exporter import processes
 from exporter.cli import main
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
@@ -30,9 +33,63 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run tests/gpu, which fail where no GPU answers")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # the order is made below
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Between workers: files with many tests first, as pytest-xdist does, but before them those that say LONG.
+
+    A file that takes half a minute for three tests would otherwise come last, and one worker have nothing to do.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = collections.Counter(item.path for item in items)
+        items.sort(key=lambda item: (not getattr(item.getparent(pytest.Module).obj, "LONG", False), -tests[item.path]))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _few_threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+class SimplifierHere:
+    """In place of ``SimplifierProcess``: onnxsim in this process, as its import is most of what a small export costs.
+
+    Whatever runs as a command of its own has the process; so have the tests that take ``simplifier_process``.
+    """
+
+    def __enter__(self) -> SimplifierHere:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def submit(self, model: bytes) -> None:
+        import onnxsim
+
+        self.simplified, self.same = onnxsim.simplify(onnx.ModelProto.FromString(model))
+
+    def result(self) -> bytes:
+        assert self.same
+        return self.simplified.SerializeToString()
+
+
+SimplifierProcess = processes.SimplifierProcess
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _simplifier_here() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "SimplifierProcess", SimplifierHere)
+        yield
+
+
+@pytest.fixture
+def simplifier_process(monkeypatch: pytest.MonkeyPatch) -> type[processes.SimplifierProcess]:
+    """The simplifier's process as it is, in use for this test."""
+    monkeypatch.setattr(processes, "SimplifierProcess", SimplifierProcess)
+    return SimplifierProcess
 
 
 @pytest.fixture

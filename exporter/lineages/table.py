@@ -9,6 +9,7 @@ import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 
+from engines.markdown_text import around_markers
 from exporter.errors import UsageError
 from exporter.lineages import LINEAGES, Lineage
 from exporter.lineages.refused import REFUSED, RefusedFamily
@@ -35,10 +36,10 @@ def with_tables(readme: str) -> str:
     Raises:
         UsageError: the comments that mark the place are not there, once each and in order.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end) or BEGIN in rest or END in before + after:
+    around = around_markers(readme, BEGIN, END)
+    if around is None:
         raise UsageError(f"the place of the tables is not marked; put {BEGIN} and {END} there, on lines of their own")
+    before, after = around
     tables = f"{markdown_from_lineages(LINEAGES)}\n{markdown_from_refused(REFUSED)}"
     return f"{before}{BEGIN}\n{tables}{END}{after}"
 

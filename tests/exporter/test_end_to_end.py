@@ -13,6 +13,7 @@ from exporter.variants import variant_from_name
 from tests.conftest import run_process
 from tests.networks import NaiveRepVGG, Shape, contiguous_float, renamed
 
+LONG = True
 BLOCKS = {"A0": 22, "B1g4": 28, "B3": 28}
 
 

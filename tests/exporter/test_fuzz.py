@@ -9,40 +9,21 @@ import traceback
 import warnings
 
 import numpy as np
-import onnx
-import onnxsim
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.networks import NaiveRepVGG, Shape, contiguous_float
 
+LONG = True
 SEED = 20261122
 TINY = Shape(depths=(1, 1, 2, 1, 1), widths=(4, 4, 6, 6, 8), classes=5)
 QUIET_BY_DEFAULT = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 
-class SimplifierHere:
-    """In place of ``exporter.processes.SimplifierProcess``: the same work without a process for each mutation."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        pass
-
-    def submit(self, model):
-        self.simplified, self.same = onnxsim.simplify(onnx.ModelProto.FromString(model))
-
-    def result(self):
-        assert self.same
-        return self.simplified.SerializeToString()
-
-
 @pytest.fixture
-def attempt(command, tmp_path, monkeypatch):
+def attempt(command, tmp_path):
     """``attempt(name)``: (exit code, stderr's lines, the golden outputs or None, whether anything is left)."""
-    monkeypatch.setattr("exporter.processes.SimplifierProcess", SimplifierHere)
 
     def run(name):
         with warnings.catch_warnings(record=True) as caught:

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import exporter
+from exporter import processes
+from tests.conftest import SimplifierHere
 from tests.networks import NAMINGS, NaiveRepVGG, Shape, contiguous_float, deployed_state, renamed
 
 
@@ -24,3 +26,16 @@ def test_the_outputs_are_those_of_the_naive_network(naming, form, saved, tmp_pat
     assert report.passed
     assert report.checkpoint["lineage"] == naming
     assert report.checkpoint["form"] == form
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(se=True, even_groups=4)], ids=["plain", "grouped with SE"])
+def test_onnxsim_in_this_process_gives_what_its_process_gives(shape, saved, tmp_path, simplifier_process):
+    """Most tests have it here; the process is what users have."""
+    path = saved(contiguous_float(NaiveRepVGG(shape).state_dict()))
+    exporter.export(path, tmp_path / "process", size=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "SimplifierProcess", SimplifierHere)
+        patch.setattr(simplifier_process, "__init__", None)
+        exporter.export(path, tmp_path / "here", size=20)
+    one, other = (tmp_path / name / "model.onnx" for name in ("process", "here"))
+    assert one.read_bytes() == other.read_bytes()

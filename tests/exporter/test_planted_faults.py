@@ -145,10 +145,8 @@ def test_an_engine_of_another_graph_fails_its_audit(checkpoint, tmp_path, monkey
         exporter.export(checkpoint, tmp_path / "out", size=20, trt=["fp16"])
 
 
-def test_a_simplifier_that_changes_the_graph_fails_the_contract(checkpoint, tmp_path, monkeypatch):
-    from exporter.processes import SimplifierProcess
-
-    right = SimplifierProcess.result
+def test_a_simplifier_that_changes_the_graph_fails_the_contract(checkpoint, tmp_path, monkeypatch, simplifier_process):
+    right = simplifier_process.result
 
     def wrong(self):
         import onnx
@@ -157,15 +155,13 @@ def test_a_simplifier_that_changes_the_graph_fails_the_contract(checkpoint, tmp_
         model.graph.node[1].op_type = "Sigmoid"
         return model.SerializeToString()
 
-    monkeypatch.setattr(SimplifierProcess, "result", wrong)
+    monkeypatch.setattr(simplifier_process, "result", wrong)
     with pytest.raises(VerificationFailed, match=r"fp32, graph contract: 1 Sigmoid where 0 belong|Relu where"):
         exporter.export(checkpoint, tmp_path / "out", size=20)
 
 
-def test_a_simplifier_that_dies_is_reported_in_one_line(checkpoint, tmp_path, monkeypatch):
-    from exporter.processes import SimplifierProcess
-
-    monkeypatch.setattr(SimplifierProcess, "submit", lambda self, model: (self.send(b"no model"), self.close_input()))
+def test_a_simplifier_that_dies_is_reported_in_one_line(checkpoint, tmp_path, monkeypatch, simplifier_process):
+    monkeypatch.setattr(simplifier_process, "submit", lambda self, model: (self.send(b"no model"), self.close_input()))
     with pytest.raises(VerificationFailed, match=r"onnxsim: it gave no answer \(status 1: "):
         exporter.export(checkpoint, tmp_path / "out", size=20)
     assert not (tmp_path / "out").exists()
