@@ -187,7 +187,7 @@ def run_command(capsys, *arguments):
         command.add_arguments(made)
         return made
 
-    code = exit_code_of(parser, lambda found, _: command.run(found), list(map(str, arguments)), memory_hint="")
+    code = exit_code_of(parser, command.run, list(map(str, arguments)), memory_hint="")
     return code, capsys.readouterr()
 
 

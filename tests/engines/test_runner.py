@@ -339,9 +339,11 @@ def test_an_onnx_file_cut_short_is_refused(fashion, share):
         load(fashion / "fashion.onnx")
 
 
-@pytest.mark.parametrize("path", ["none.onnx", "."])
-def test_a_path_without_a_file_is_refused(tmp_path, path):
-    with pytest.raises(InputRejected, match="no such file; check the path"):
+@pytest.mark.parametrize(
+    ("path", "said"), [("none.onnx", "no such file; check the path"), (".", "is a directory; give a file in it")]
+)
+def test_a_path_without_a_file_is_refused(tmp_path, path, said):
+    with pytest.raises(InputRejected, match=said):
         load(tmp_path / path)
 
 
