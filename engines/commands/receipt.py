@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace, interrupts: Uninterrupted) -> int:
     interrupts.too_late()
     write_whole(out, content)
     print(receipt["verdict"])
-    print(f"written to {out}, {len(content) / 1e6:.2g} MB; python -m engines replay {out} checks it on any machine")
+    print(f"written to {out}, {len(content) / 1e6:.3g} MB; python -m engines replay {out} checks it on any machine")
     if not receipt["passed"]:
         raise VerificationFailed(f"{receipt['verdict']}; {out} says what, send it all the same")
     return 0
